@@ -1,0 +1,183 @@
+"""What the compiler makes of every shipped configuration: registers, spills, shared memory, matrix instructions.
+
+Needs no GPU: Triton compiles for an architecture by name, and the disassembler it bundles reads the result. Run with
+``python -m benchmarks sass``. This proves nothing about results or speed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bert_fused.kernels import act_grad, act_pass, linear_act
+from bert_fused.kernels.configs import Config, shipped_configs
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
+REGISTERS_PER_SM = 65536
+# Bytes of shared memory of an SM, all blocks together: CUDA C++ programming guide, technical specifications.
+SHARED_MEMORY_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+
+
+def dearest_activation(dtype: str) -> str:
+    """The activation with the most instructions per element: tanh where GELU has its cheap form, erf GELU in fp32."""
+    return "gelu" if dtype in ("tf32", "float32") else "tanh"
+
+
+def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True) -> Any:
+    """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are."""
+    tma = config.kernel == "tma"
+    constants: dict[str, Any] = {
+        "stride_xk": 1,
+        "stride_wk": 1,
+        "ACTIVATION": activation,
+        "HAS_BIAS": True,
+        "SAVE_PREACT": save_preact,
+        "EVEN_K": True,
+        "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
+        "TMA": tma,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    tiles = {
+        "x_ptr": (config.block_m, config.block_k),
+        "w_ptr": (config.block_n, config.block_k),
+        "out_ptr": (config.block_m, config.block_n),
+        "preact_ptr": (config.block_m, config.block_n),
+    }
+    return _compile(
+        linear_act.linear_act_fwd_kernel,
+        config.dtype,
+        arch,
+        constants,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        unaligned=("M",),
+        descriptors=tiles if tma else {},
+    )
+
+
+def compile_pass(dtype: str, arch: int, *, activation: str) -> Any:
+    constants = {"ACTIVATION": activation, "BLOCK": act_pass.BLOCK}
+    return _compile(act_pass.act_fwd_kernel, dtype, arch, constants, {})
+
+
+def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
+    constants = {
+        "stride_dn": 1,
+        "ACTIVATION": activation,
+        "BIAS_GRAD": True,
+        "ROWS_PER_PROGRAM": act_grad.ROWS_PER_PROGRAM,
+        "BLOCK_M": act_grad.BLOCK_M,
+        "BLOCK_N": act_grad.BLOCK_N,
+    }
+    return _compile(act_grad.act_bwd_kernel, dtype, arch, constants, {}, ("M",))
+
+
+def _compile(
+    kernel: Any,
+    dtype: str,
+    arch: int,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    unaligned: tuple[str, ...] = (),
+    descriptors: dict[str, tuple[int, int]] = {},
+) -> Any:
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in descriptors:
+            rows, columns = descriptors[name]
+            return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
+        if not name.endswith("_ptr"):
+            return "i32"
+        return "*fp32" if name == "partial_ptr" else "*" + TRITON_DTYPES[dtype]
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: type_of(name) for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in constants and name not in unaligned and name not in descriptors
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
+
+
+def inspect(compiled: Any, arch: int, num_warps: int, tile: int) -> dict[str, Any]:
+    """Resources of a compiled kernel, read from its machine code. ``tile``: output elements a block computes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = _tool("nvdisasm", "-c", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    registers_match = re.search(r"REG:(\d+)", usage)
+    assert registers_match is not None, usage
+    registers = int(registers_match[1])
+    matrix = [i for i, name in enumerate(instructions) if name.startswith(MATRIX_INSTRUCTION[arch])]
+    shared = compiled.metadata.shared
+    return {
+        "registers": registers,
+        "spills": sum(name.startswith(("STL", "LDL")) for name in instructions),
+        "shared_bytes": shared,
+        "ctas_per_sm": min(
+            REGISTERS_PER_SM // (-(-registers // 8) * 8 * 32 * num_warps),
+            SHARED_MEMORY_PER_SM[arch] // (shared + 1024),
+        ),
+        "mma_instructions": len(matrix),
+        "epilogue_per_element": round((len(instructions) - matrix[-1]) * num_warps * 32 / tile, 1) if matrix else None,
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
+    """One row per kernel and configuration that an architecture can select, with its dearest epilogue."""
+    for config in shipped_configs(arch):
+        activation = dearest_activation(config.dtype)
+        compiled = compile_linear(config, arch, activation=activation)
+        stats = inspect(compiled, arch, config.num_warps, config.block_m * config.block_n)
+        row = {"kernel": "linear_act_fwd", "arch": arch, "dtype": config.dtype, "config": str(config)}
+        yield row | {"activation": activation} | stats
+    for dtype in ("float16", "bfloat16", "float32"):
+        activation = dearest_activation(dtype)
+        for kernel, compiled, tile in (
+            ("act_fwd", compile_pass(dtype, arch, activation=activation), act_pass.BLOCK),
+            ("act_bwd", compile_grad(dtype, arch, activation="gelu"), act_grad.BLOCK_M * act_grad.BLOCK_N),
+        ):
+            stats = inspect(compiled, arch, compiled.metadata.num_warps, tile)
+            yield {"kernel": kernel, "arch": arch, "dtype": dtype, "config": "", "activation": activation} | stats
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__)
+    parser.add_argument("--arch", default="80,89,90,100", help="compute capabilities, separated by commas")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    arguments = parser.parse_args(argv)
+    rows = []
+    columns = ("kernel", "arch", "dtype", "config", "registers", "spills", "shared_bytes", "ctas_per_sm")
+    columns += ("mma_instructions", "epilogue_per_element")
+    print(" | ".join(columns))
+    for arch in (int(name) for name in arguments.arch.split(",")):
+        for row in inspect_arch(arch):
+            rows.append(row)
+            print(" | ".join(str(row[column]) for column in columns), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    return 1 if any(row["spills"] for row in rows) else 0

@@ -1,0 +1,88 @@
+"""Which path serves a call: a Triton kernel, or plain PyTorch and the reason."""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("bert_fused")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_ARCH = 80
+
+
+@functools.cache
+def _arch_reason(index: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return "ROCm is not supported"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if 10 * major + minor >= MIN_ARCH else f"sm_{major}{minor} is older than sm_{MIN_ARCH}"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when Triton was imported)."""
+    if not HAS_TRITON:
+        return False
+    from .kernels.runtime import INTERPRETED
+
+    return INTERPRETED
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device and dtype take the PyTorch path, or None if a kernel serves them."""
+    if os.environ.get("BERT_FUSED_DISABLE", "0") not in ("", "0"):
+        return "BERT_FUSED_DISABLE is set"
+    if dtype not in KERNEL_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no kernel"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if device.type not in ("cpu", "cuda"):
+        return f"{device.type} is not an NVIDIA GPU"
+    if interpreted():
+        return None
+    return "cpu is not an NVIDIA GPU" if device.type == "cpu" else _arch_reason(device.index)
+
+
+def tensor_reason(tensor: Tensor) -> str | None:
+    """Why a tensor is not a plain block of numbers that a kernel may read, or None if it is one."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"{type(tensor).__name__} is a tensor subclass"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"layout {tensor.layout} is not strided"
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        return "the tensor is lazily negated"
+    return None
+
+
+def mode_reason() -> str | None:
+    """Why operations must stay visible to PyTorch just now, where a raw launch would be silently lost, or None."""
+    if torch.compiler.is_exporting():
+        return "torch.export is tracing"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation is active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    return None
+
+
+def fallback_reason(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why this call takes the PyTorch path, or None if a kernel serves it."""
+    reason = mode_reason() or device_reason(x.device, x.dtype) or tensor_reason(x) or tensor_reason(weight)
+    return reason or (tensor_reason(bias) if bias is not None else None)
+
+
+@functools.cache
+def log_once(reason: str) -> None:
+    """Say why an NVIDIA GPU runs the PyTorch path, once per reason."""
+    logger.warning("using PyTorch instead of a fused kernel: %s", reason)

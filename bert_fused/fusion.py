@@ -1,0 +1,161 @@
+"""``fuse``, ``unfuse`` and ``fused``: put the fused modules into a Hugging Face model and take them out again.
+
+A module is fused by assigning its ``__class__``: parameters, hooks, keys and identity stay, and undoing it is exact.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from torch import nn
+
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What ``fuse`` did.
+
+    fused: names of the fused modules, as in ``model.named_modules()``.
+    skipped: name -> why a module of a supported shape was left alone. The name "" stands for the whole model, where
+        nothing in it has a supported shape.
+    paths: name -> what a fused module runs on its present device: "Triton", or "PyTorch" and the reason.
+    """
+
+    fused: tuple[str, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [(name, "fused", self.paths[name]) for name in self.fused]
+        rows += [(name or "(model)", "skipped", reason) for name, reason in self.skipped.items()]
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"{name:<{width}}  {what:<7}  {why}" for name, what, why in rows]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Fuse every intermediate and pooler block of a Hugging Face model, in place.
+
+    Results stay those of the model, gradients included. A module whose parts are not what they seem (an adapter, a
+    hook, quantised weights, an activation without a kernel) is left alone and named in the report. If that happens
+    after fusing, the module runs Hugging Face's own forward from then on.
+
+    Args:
+        model: any ``nn.Module`` with modules of the families bert, roberta, xlm-roberta, camembert and electra inside.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    return _fuse(model)[0]
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every fused module in ``model`` its original class back.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
+    _restore(model.modules())
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[FuseReport]:
+    """Fuse within a ``with`` block. What was fused before stays fused after it.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    report, swapped = _fuse(model)
+    try:
+        yield report
+    finally:
+        _restore(swapped)
+
+
+def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module]]:
+    """The report, and the modules that were not fused before."""
+    _check(model)
+    modules = _modules()
+    if modules is None:
+        return FuseReport((), {"": "transformers is not installed"}), []
+
+    names: list[str] = []
+    skipped: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    swapped: list[nn.Module] = []
+    with _lock:
+        matched_by_name = _names_others_match(model)
+        for name, module in model.named_modules():
+            already = modules.original_class(module)
+            target = type(module) if already else modules.fused_class(type(module))
+            if target is None:
+                continue
+            reason = modules.step_aside_reason(module)
+            if reason is None and "forward" in module.__dict__:
+                reason = "its forward was replaced on the instance"
+            if reason is None and type(module).__name__ in matched_by_name:
+                reason = "its class is named in _no_split_modules"
+            if reason is not None:
+                skipped[name] = reason
+                continue
+            if not already:
+                module.__class__ = target
+                swapped.append(module)
+            names.append(name)
+            paths[name] = modules.path_of(module)
+    if not names and not skipped:
+        families = "bert, roberta, xlm-roberta, camembert, electra"
+        skipped[""] = f"{type(model).__name__} holds no intermediate or pooler module of the families {families}"
+    return FuseReport(tuple(names), skipped, paths), swapped
+
+
+def _names_others_match(model: nn.Module) -> set[str]:
+    """Class names that accelerate and FSDP look for; a module under another name would no longer be found."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    return names
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Unfuse within a ``with`` block, then fuse the same modules again."""
+    modules = _modules()
+    was_fused = [module for module in model.modules() if modules and modules.original_class(module)]
+    classes = [type(module) for module in was_fused]
+    _restore(was_fused)
+    try:
+        yield
+    finally:
+        with _lock:
+            for module, kind in zip(was_fused, classes, strict=True):
+                module.__class__ = kind
+
+
+def _restore(candidates: Iterable[nn.Module]) -> None:
+    modules = _modules()
+    if modules is None:
+        return
+    with _lock:
+        for module in candidates:
+            original = modules.original_class(module)
+            if original is not None:
+                module.__class__ = original
+
+
+def _modules() -> ModuleType | None:
+    """``bert_fused.modules``, or None where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    return importlib.import_module("bert_fused.modules")
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

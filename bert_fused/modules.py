@@ -1,0 +1,190 @@
+"""Drop-in subclasses of Hugging Face's modules that call the fused kernels. Needs transformers.
+
+``FusedBertIntermediate(config)`` and ``FusedBertPooler(config)`` take Hugging Face's arguments and have its parameters.
+For every other class of ``ORIGINALS`` there is a ``Fused...`` counterpart in this module, made when it is first asked for
+and picklable by name.
+"""
+
+import functools
+import importlib
+import sys
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import activations as hf
+from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
+
+from .dispatch import device_reason, tensor_reason
+from .ops import cls_pool, linear_act
+
+# Class name -> the module of transformers that defines it.
+ORIGINALS = {
+    f"{prefix}{kind}": f"transformers.models.{family}.modeling_{family}"
+    for family, prefix, kinds in (
+        ("bert", "Bert", ("Intermediate", "Pooler")),
+        ("roberta", "Roberta", ("Intermediate", "Pooler")),
+        ("xlm_roberta", "XLMRoberta", ("Intermediate", "Pooler")),
+        ("camembert", "Camembert", ("Intermediate", "Pooler")),
+        ("electra", "Electra", ("Intermediate",)),
+    )
+    for kind in kinds
+}
+
+_ACTIVATION_OF_TYPE = {
+    hf.FastGELUActivation: "gelu_tanh",
+    hf.QuickGELUActivation: "quick_gelu",
+    hf.SiLUActivation: "silu",
+    hf.LinearActivation: "none",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Tanh: "tanh",
+    nn.Identity: "none",
+}
+_ACTIVATION_OF_FUNCTION = {
+    F.gelu: "gelu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.silu: "silu",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+}
+
+
+def activation_name(function: Any) -> str | None:
+    """The kernels' name for an activation of transformers or torch, a module or a function; None if they have none."""
+    if not isinstance(function, nn.Module):
+        try:
+            return _ACTIVATION_OF_FUNCTION.get(function)
+        except TypeError:  # unhashable
+            return None
+    if _hook_reason(function) is not None:
+        return None
+    kind = type(function)
+    if kind is hf.GELUActivation:
+        return "gelu" if function.act in (F.gelu, function._gelu_python) else None
+    if kind is hf.GELUTanh and isinstance(function.act, functools.partial):
+        return "gelu_tanh" if function.act.func is F.gelu else None
+    if kind in (hf.GELUTanh, hf.NewGELUActivation, hf.AccurateGELUActivation):
+        # Their torch.pow runs in fp32 under autocast, and so does all that follows.
+        return None if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu") else "gelu_tanh"
+    if kind is nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    return _ACTIVATION_OF_TYPE.get(kind)
+
+
+def linear_reason(linear: Any) -> str | None:
+    """Why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None if it cannot."""
+    if type(linear) is not nn.Linear:
+        return f"its dense layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
+    reason = _hook_reason(linear)
+    return f"its dense layer has {reason}" if reason is not None else None
+
+
+def _hook_reason(module: nn.Module) -> str | None:
+    attributes = module.__dict__
+    if "forward" in attributes or "_hf_hook" in attributes:
+        return "a forward of its own"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    ):
+        return "hooks"
+    return None
+
+
+def step_aside_reason(module: nn.Module) -> str | None:
+    """Why a module of a supported class must run Hugging Face's own forward, or None if a fused one computes the same.
+
+    Checked when fusing and again on every call, since users add adapters, hooks and quantised layers at any time.
+    """
+    dense = module.dense
+    reason = linear_reason(dense)
+    if reason is not None:
+        return reason
+    assert isinstance(dense, nn.Linear)
+    for name, parameter in (("weight", dense.weight), ("bias", dense.bias)):
+        if parameter is not None:
+            reason = tensor_reason(parameter)
+            if reason is None and parameter.is_meta:
+                reason = "it is on the meta device"
+            if reason is not None:
+                return f"its dense {name} cannot be read by a kernel: {reason}"
+    if activation_name(_activation_of(module)) is None:
+        return f"its activation, {_describe(_activation_of(module))}, has no kernel"
+    return None
+
+
+def path_of(module: nn.Module) -> str:
+    """Which path a fused module takes on its weight's device, in words."""
+    weight = module.dense.weight
+    reason = device_reason(weight.device, weight.dtype)
+    return "Triton" if reason is None else f"PyTorch ({reason})"
+
+
+def _activation_of(module: nn.Module) -> Any:
+    return module.activation if "activation" in module._modules else module.intermediate_act_fn
+
+
+def _describe(function: Any) -> str:
+    return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
+
+
+class _FusedIntermediate(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        activation = activation_name(self.intermediate_act_fn)
+        if activation is None or type(hidden_states) is not Tensor or linear_reason(self.dense) is not None:
+            return cast(Tensor, super().forward(hidden_states))
+        dense = cast(nn.Linear, self.dense)
+        return linear_act(hidden_states, dense.weight, dense.bias, activation)
+
+
+class _FusedPooler(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        activation = activation_name(self.activation)
+        if (
+            activation is None
+            or type(hidden_states) is not Tensor
+            or hidden_states.dim() != 3
+            or linear_reason(self.dense) is not None
+        ):
+            return cast(Tensor, super().forward(hidden_states))
+        dense = cast(nn.Linear, self.dense)
+        return cls_pool(hidden_states, dense.weight, dense.bias, activation)
+
+
+class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]
+    """Hugging Face's ``BertIntermediate`` in one kernel: ``act(dense(hidden_states))``, ``[..., H]`` to ``[..., I]``."""
+
+
+class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
+    """Hugging Face's ``BertPooler`` in one kernel: ``tanh(dense(hidden_states[:, 0]))``, ``[B, S, H]`` to ``[B, H]``."""
+
+
+def fused_class(original: type) -> type[nn.Module] | None:
+    """The fused counterpart of a class of transformers; None if there is none, or if it is not the class itself."""
+    if ORIGINALS.get(original.__name__) != original.__module__:
+        return None
+    return cast(type[nn.Module], getattr(sys.modules[__name__], f"Fused{original.__name__}"))
+
+
+def original_class(module: nn.Module) -> type[nn.Module] | None:
+    """Hugging Face's class of a fused module, or None if the module is not one."""
+    kind = type(module)
+    return kind.__bases__[1] if issubclass(kind, (_FusedIntermediate, _FusedPooler)) else None
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Make the fused counterpart of a class in ``ORIGINALS``. Unpickling a fused module comes here as well."""
+    original_name = name.removeprefix("Fused")
+    if name == original_name or original_name not in ORIGINALS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    original = getattr(importlib.import_module(ORIGINALS[original_name]), original_name)
+    mixin = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
+    made = type(name, (mixin, original), {"__module__": __name__, "__doc__": f"``{original_name}`` in one kernel."})
+    # Two threads may both get here; all must see the class that came first.
+    return cast(type[nn.Module], globals().setdefault(name, made))

@@ -1,0 +1,202 @@
+"""``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import device_reason, fallback_reason, log_once
+from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT
+
+_library = torch.library.Library("bert_fused", "DEF")
+_library.define("linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_preact) -> (Tensor, Tensor)")
+_library.define("linear_act_bwd(Tensor d_out, Tensor saved, str activation, bool bias_grad) -> (Tensor, Tensor)")
+
+
+def _linear_act_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
+) -> tuple[Tensor, Tensor]:
+    """x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; ``(out, preact)``, with an empty preact unless it is saved."""
+    if device_reason(x.device, x.dtype) is None:
+        from .kernels.linear_act import linear_act_fwd
+
+        out, preact = linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact)
+    else:
+        preact = torch.nn.functional.linear(x, weight, bias)
+        out = reference.act(preact, activation)
+        # Outputs of an operator must not share memory.
+        out = out.clone() if out is preact and save_preact else out
+    return out, preact if save_preact and preact is not None else x.new_empty(0)
+
+
+def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    """d_out and saved ``[M, N]``; ``(d_preact, d_bias)``, with an empty d_bias unless it is asked for."""
+    if device_reason(saved.device, saved.dtype) is None:
+        from .kernels.act_grad import act_bwd
+
+        d_preact, d_bias = act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
+        return d_preact, d_bias if d_bias is not None else saved.new_empty(0)
+    d_preact = reference.act_grad(d_out, saved, activation)
+    return d_preact, d_preact.sum(0) if bias_grad else saved.new_empty(0)
+
+
+def _linear_act_fwd_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save_preact else (0,))
+
+
+def _linear_act_bwd_fake(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(saved), saved.new_empty(saved.shape[1] if bias_grad else 0)
+
+
+_library.impl("linear_act_fwd", _linear_act_fwd, "CompositeExplicitAutograd")
+_library.impl("linear_act_bwd", _linear_act_bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("bert_fused::linear_act_fwd", _linear_act_fwd_fake, lib=_library)
+torch.library.register_fake("bert_fused::linear_act_bwd", _linear_act_bwd_fake, lib=_library)
+
+
+class _LinearAct(torch.autograd.Function):
+    """Gradients of ``linear_act`` on 2-D tensors.
+
+    The pre-activation is an output, although no caller sees it: a saved output knows where it came from, so that double
+    backward differentiates through it. Nothing else would need keeping for that (docs/design.md).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        save_preact = activation not in (*GRAD_FROM_OUTPUT, "none")
+        out, preact = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, save_preact)
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        x_grad, weight_grad = ctx.needs_input_grad[:2]
+        saved = preact if save_preact else out if activation in GRAD_FROM_OUTPUT else None
+        ctx.save_for_backward(x if weight_grad else None, weight if x_grad else None, saved)
+        return out, preact if save_preact else None
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, saved = ctx.saved_tensors
+        x_grad, weight_grad, bias_grad, _ = ctx.needs_input_grad
+        d_bias: Tensor | None = None
+        if d_out is None:
+            d_preact = d_preact_direct
+        elif torch.is_grad_enabled() or d_preact_direct is not None or ctx.activation == "none":
+            # Double backward: only torch's own operations can be differentiated again.
+            d_preact = reference.act_grad(d_out, saved, ctx.activation)
+            d_preact = d_preact if d_preact_direct is None else d_preact + d_preact_direct
+        else:
+            d_preact, d_bias = torch.ops.bert_fused.linear_act_bwd(d_out, saved, ctx.activation, bias_grad)
+        if d_preact is None:
+            return None, None, None, None
+        if bias_grad and d_bias is None:
+            d_bias = d_preact.sum(0)
+        d_x = d_preact @ weight if x_grad else None
+        d_weight = d_preact.t() @ x if weight_grad else None
+        return d_x, d_weight, d_bias if bias_grad else None, None
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """``act(x @ weight.T + bias)``, differentiable, in one kernel launch where a kernel serves.
+
+    Args:
+        x: ``[..., K]``, any strides. fp16, bf16 and fp32 have kernels; other floating dtypes take the PyTorch path.
+        weight: ``[N, K]``, of x's dtype and device.
+        bias: ``[N]`` or None.
+        activation: one of ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"quick_gelu"``,
+            ``"tanh"``, ``"none"``.
+
+    Returns:
+        ``[..., N]``, of x's dtype, or of autocast's where autocast is on.
+
+    Raises:
+        TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
+        ValueError: shapes or devices that do not fit, or an unknown activation.
+    """
+    _check(x, weight, bias, activation)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x, weight, bias = _autocast(x, weight, bias, torch.get_autocast_dtype(device_type))
+    _check_dtypes(x, weight, bias)
+    reason = fallback_reason(x, weight, bias)
+    if reason is not None:
+        if x.is_cuda and not torch.compiler.is_compiling():
+            log_once(reason)
+        return reference.linear_act(x, weight, bias, activation)
+
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if needs_grad:
+        out = _LinearAct.apply(rows, weight, bias, activation)[0]  # type: ignore[no-untyped-call]
+    elif torch.compiler.is_compiling():
+        out = torch.ops.bert_fused.linear_act_fwd(rows, weight, bias, activation, False)[0]
+    else:
+        from .kernels.linear_act import linear_act_fwd
+
+        out = linear_act_fwd(rows, weight, bias, activation=activation, save_preact=False)[0]
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def cls_pool(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "tanh") -> Tensor:
+    """``act(hidden_states[:, 0] @ weight.T + bias)``: BERT's pooler. The first row of each sequence is read in place.
+
+    Args:
+        hidden_states: ``[B, S, K]``, S at least 1.
+        weight, bias, activation: as for ``linear_act``.
+
+    Returns:
+        ``[B, N]``.
+
+    Raises:
+        TypeError, ValueError: as ``linear_act``; also ValueError where ``hidden_states`` is not 3-D or has no tokens.
+    """
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}")
+    if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
+        raise ValueError(f"hidden_states must be [B, S, K] with S >= 1, got shape {tuple(hidden_states.shape)}")
+    return linear_act(hidden_states[:, 0], weight, bias, activation)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in K, their last dimension")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        dtypes = f"x {x.dtype}, weight {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
+        raise TypeError(f"x, weight and bias must have one dtype, got {dtypes}")
+
+
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the arguments of a linear layer: everything but float64."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(weight), cast(bias) if bias is not None else None

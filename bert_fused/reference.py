@@ -1,0 +1,66 @@
+"""``act(x @ W.T + b)`` in plain PyTorch: the truth in tests, the baseline in benchmarks, the path where Triton cannot go.
+
+Every function is made of differentiable torch operations.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu", "tanh", "none")
+
+# Activations whose derivative is a function of their output, so that the pre-activation need not be kept.
+GRAD_FROM_OUTPUT = ("relu", "tanh")
+
+
+def act(z: Tensor, activation: str) -> Tensor:
+    """The activation named ``activation``, one of ``ACTIVATIONS``, of a tensor of any shape."""
+    match activation:
+        case "gelu":
+            return F.gelu(z)
+        case "gelu_tanh":
+            return F.gelu(z, approximate="tanh")
+        case "relu":
+            return F.relu(z)
+        case "silu":
+            return F.silu(z)
+        case "quick_gelu":
+            return z * torch.sigmoid(1.702 * z)
+        case "tanh":
+            return torch.tanh(z)
+        case _:
+            return z
+
+
+def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
+    """``d_out`` times the activation's derivative; differentiable in both arguments.
+
+    ``saved`` is the output for the activations in ``GRAD_FROM_OUTPUT``, unused for "none", else the pre-activation.
+    """
+    if activation == "none":
+        return d_out
+    assert saved is not None
+    match activation:
+        case "gelu":
+            return torch.ops.aten.gelu_backward(d_out, saved)
+        case "gelu_tanh":
+            return torch.ops.aten.gelu_backward(d_out, saved, approximate="tanh")
+        case "relu":
+            return torch.ops.aten.threshold_backward(d_out, saved, 0)
+        case "tanh":
+            return torch.ops.aten.tanh_backward(d_out, saved)
+        case "silu" | "quick_gelu":
+            # aten::silu_backward has no derivative of its own. In 16 bits the factors would be rounded one by one.
+            slope = 1.702 if activation == "quick_gelu" else 1.0
+            z = slope * (saved.float() if saved.element_size() == 2 else saved)
+            s = torch.sigmoid(z)
+            return (d_out * (s * (1 + z * (1 - s)))).to(d_out.dtype)
+    raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` or None; returns ``[..., N]``."""
+    return act(F.linear(x, weight, bias), activation)
+
+
+__all__ = ["ACTIVATIONS", "GRAD_FROM_OUTPUT", "act", "act_grad", "linear_act"]

@@ -1,0 +1,86 @@
+"""Backward of the activation and the bias in one pass: ``d_preact = d_out * act'(z)``, ``d_bias = d_preact.sum(0)``.
+
+d_out, saved and d_preact ``[M, N]``, d_bias ``[N]``. Each block writes the fp32 sum of its own rows, and the sums of all
+blocks are added afterwards: no atomics, so the same call gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .activations import apply_activation_grad
+from .runtime import on_device
+
+BLOCK_M = 16
+BLOCK_N = 128
+ROWS_PER_PROGRAM = 128
+
+
+@triton.jit
+def act_bwd_kernel(
+    d_out_ptr,
+    saved_ptr,
+    d_preact_ptr,
+    partial_ptr,
+    M,
+    N,
+    stride_dm,
+    stride_dn,
+    ACTIVATION: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    pid_m = tl.program_id(0) // num_pid_n
+    pid_n = tl.program_id(0) % num_pid_n
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    partial = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, ROWS_PER_PROGRAM, BLOCK_M):
+        offs_m = pid_m.to(tl.int64) * ROWS_PER_PROGRAM + start + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        d_out_ptrs = d_out_ptr + offs_m[:, None] * stride_dm + offs_n[None, :].to(tl.int64) * stride_dn
+        d_out = tl.load(d_out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        saved = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        d_preact = apply_activation_grad(d_out, saved, ACTIVATION, saved_ptr.dtype.element_ty)
+        tl.store(d_preact_ptr + offs, d_preact.to(d_preact_ptr.dtype.element_ty), mask=mask)
+        if BIAS_GRAD:
+            partial += tl.sum(d_preact, axis=0)
+    if BIAS_GRAD:
+        tl.store(partial_ptr + pid_m.to(tl.int64) * N + offs_n, partial, mask=mask_n)
+
+
+def act_bwd(
+    d_out: torch.Tensor, saved: torch.Tensor, *, activation: str, bias_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(d_preact, d_bias)``; d_bias is None unless ``bias_grad``.
+
+    d_out ``[M, N]`` may have any strides. saved ``[M, N]``, contiguous: the output for relu and tanh, the
+    pre-activation for the other activations.
+    """
+    M, N = saved.shape
+    d_preact = torch.empty_like(saved)
+    num_pid_m = triton.cdiv(M, ROWS_PER_PROGRAM)
+    partial = torch.empty(num_pid_m, N, dtype=torch.float32, device=saved.device) if bias_grad else None
+    if d_preact.numel():
+        with on_device(saved):
+            act_bwd_kernel[(num_pid_m * triton.cdiv(N, BLOCK_N),)](
+                d_out,
+                saved,
+                d_preact,
+                partial,
+                M,
+                N,
+                d_out.stride(0),
+                d_out.stride(1),
+                ACTIVATION=activation,
+                BIAS_GRAD=bias_grad,
+                ROWS_PER_PROGRAM=ROWS_PER_PROGRAM,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                enable_fp_fusion=True,
+            )
+    return d_preact, partial.sum(0).to(saved.dtype) if partial is not None else None

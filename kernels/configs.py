@@ -1,0 +1,108 @@
+"""Which configuration serves which shape. Pure Python: needs neither Triton nor a GPU.
+
+A configuration is data. Each architecture has a table ``tables/sm_XX.json`` that says how its entries came to be; an
+architecture without one gets ``default_config``. Lookup never measures anything.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLES = Path(__file__).parent / "tables"
+
+# Offsets inside a tile are 32-bit (rows of a tile times N), those of whole tensors 64-bit.
+MAX_N = 2**23
+MAX_M = 2**31 - 2**10
+
+# Bytes of shared memory one block may use, by compute capability: CUDA C++ programming guide, technical specifications.
+SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compute ``act(x @ W.T + b)``.
+
+    kernel: "pointer" and "tma" are one Triton launch that loads its tiles through pointers or through Hopper's tensor
+    memory accelerator; "library" is cuBLAS (bias in its epilogue) and one activation pass.
+    dtype: "float16", "bfloat16", "float32" (IEEE products) or "tf32" (fp32 tensors, TF32 products).
+    The rest describes a Triton kernel's tile and is 0 for "library".
+    """
+
+    kernel: str
+    dtype: str
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    group_m: int = 8
+
+    def __str__(self) -> str:
+        if self.kernel == "library":
+            return "cuBLAS + activation pass"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{self.kernel} {tile} {self.num_warps} warps {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration and the shape it was chosen for; ``n`` and ``k`` are None where any will do."""
+
+    m: int
+    n: int | None
+    k: int | None
+    config: Config
+
+
+@functools.cache
+def load_table(arch: int) -> tuple[Entry, ...]:
+    """The table shipped for a compute capability (90 for sm_90); empty if there is none."""
+    path = TABLES / f"sm_{arch}.json"
+    if not path.exists():
+        return ()
+    entries = []
+    for row in json.loads(path.read_text())["entries"]:
+        dtypes, m, n, k = row.pop("dtypes"), row.pop("m"), row.pop("n", None), row.pop("k", None)
+        entries += [Entry(m, n, k, Config(dtype=dtype, **row)) for dtype in dtypes]
+    return tuple(entries)
+
+
+def default_config(M: int, dtype: str, arch: int) -> Config:
+    """The configuration for an architecture that has no table: tiles that fit everywhere, chosen by rows alone."""
+    if arch == 0:  # the interpreter pays per block, and small tiles make small tests cross block borders
+        return Config("pointer", dtype, 16, 32, 32, num_warps=4, num_stages=1, group_m=2)
+    block_k = 32 if dtype == "tf32" else 64
+    if M <= 256:
+        return Config("pointer", dtype, 64, 64, block_k, num_warps=4, num_stages=3)
+    return Config("pointer", dtype, 128, 128, block_k, num_warps=8, num_stages=3)
+
+
+def get_config(M: int, N: int, K: int, dtype: str, arch: int, *, aligned: bool) -> Config:
+    """The configuration for ``[M, K] @ [N, K].T``.
+
+    aligned: whether every row of x, W and the output starts on a 16-byte boundary and is contiguous. Where it is not,
+    loads are narrow and large tiles spill, so cuBLAS serves. It also serves IEEE fp32, which has no tensor cores.
+    """
+    if N > MAX_N or M > MAX_M:
+        return Config("library", dtype)
+    if arch != 0 and (dtype == "float32" or not aligned):
+        return Config("library", dtype)
+    entries = [entry for entry in load_table(arch) if entry.config.dtype == dtype]
+    candidates = [entry for entry in entries if (entry.n, entry.k) == (N, K)]
+    candidates = candidates or [entry for entry in entries if entry.n is None and entry.k is None]
+    if not candidates:
+        return default_config(M, dtype, arch)
+    return min(candidates, key=lambda entry: abs(math.log2(max(M, 1) / entry.m))).config
+
+
+def shipped_configs(arch: int) -> Iterator[Config]:
+    """Every Triton configuration that ``get_config`` can return on an architecture, each once."""
+    entries = [entry.config for entry in load_table(arch)]
+    dtypes = ("float16", "bfloat16", "tf32")
+    defaults = [default_config(M, dtype, arch) for dtype in dtypes for M in (1, 4096)]
+    for config in dict.fromkeys(entries or defaults):
+        if config.kernel != "library":
+            yield config

@@ -1,0 +1,28 @@
+"""Where kernels run: an NVIDIA GPU, or Triton's interpreter on the CPU (``TRITON_INTERPRET=1``)."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+# Triton decides when a function is decorated, so one process either interprets every kernel or none.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+INTERPRETER_ARCH = 0
+
+
+@functools.cache
+def _arch_of_index(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability as one number (90 for sm_90), or ``INTERPRETER_ARCH``."""
+    return INTERPRETER_ARCH if INTERPRETED else _arch_of_index(device.index)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
