@@ -1,4 +1,4 @@
-"""BERT's dense blocks as single Triton kernels: linear + GELU, and CLS slice + linear + tanh, exact and differentiable."""
+"""BERT's dense blocks as single Triton kernels, exact and differentiable: linear + GELU, CLS slice + linear + tanh."""
 
 from typing import TYPE_CHECKING, Any
 

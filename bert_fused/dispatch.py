@@ -71,7 +71,7 @@ def mode_reason() -> str | None:
         return "forward-mode automatic differentiation is active"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return "torch.jit is tracing"
     return None
 

@@ -1,8 +1,8 @@
 """Drop-in subclasses of Hugging Face's modules that call the fused kernels. Needs transformers.
 
 ``FusedBertIntermediate(config)`` and ``FusedBertPooler(config)`` take Hugging Face's arguments and have its parameters.
-For every other class of ``ORIGINALS`` there is a ``Fused...`` counterpart in this module, made when it is first asked for
-and picklable by name.
+For every other class of ``ORIGINALS`` there is a ``Fused...`` counterpart in this module, made when it is first asked
+for and picklable by name.
 """
 
 import functools
@@ -102,11 +102,10 @@ def step_aside_reason(module: nn.Module) -> str | None:
 
     Checked when fusing and again on every call, since users add adapters, hooks and quantised layers at any time.
     """
-    dense = module.dense
-    reason = linear_reason(dense)
+    reason = linear_reason(module.dense)
     if reason is not None:
         return reason
-    assert isinstance(dense, nn.Linear)
+    dense = cast(nn.Linear, module.dense)
     for name, parameter in (("weight", dense.weight), ("bias", dense.bias)):
         if parameter is not None:
             reason = tensor_reason(parameter)
@@ -121,7 +120,7 @@ def step_aside_reason(module: nn.Module) -> str | None:
 
 def path_of(module: nn.Module) -> str:
     """Which path a fused module takes on its weight's device, in words."""
-    weight = module.dense.weight
+    weight = cast(nn.Linear, module.dense).weight
     reason = device_reason(weight.device, weight.dtype)
     return "Triton" if reason is None else f"PyTorch ({reason})"
 
@@ -158,11 +157,11 @@ class _FusedPooler(nn.Module):
 
 
 class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]
-    """Hugging Face's ``BertIntermediate`` in one kernel: ``act(dense(hidden_states))``, ``[..., H]`` to ``[..., I]``."""
+    """``BertIntermediate``, ``act(dense(hidden_states))``, in one kernel: ``[..., H]`` to ``[..., I]``."""
 
 
 class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
-    """Hugging Face's ``BertPooler`` in one kernel: ``tanh(dense(hidden_states[:, 0]))``, ``[B, S, H]`` to ``[B, H]``."""
+    """``BertPooler``, ``tanh(dense(hidden_states[:, 0]))``, in one kernel: ``[B, S, H]`` to ``[B, H]``."""
 
 
 def fused_class(original: type) -> type[nn.Module] | None:

@@ -1,6 +1,6 @@
 """``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from .dispatch import device_reason, fallback_reason, log_once
 from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT
 
 _library = torch.library.Library("bert_fused", "DEF")
-_library.define("linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_preact) -> (Tensor, Tensor)")
+_library.define(
+    "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_preact) -> (Tensor, Tensor)"
+)
 _library.define("linear_act_bwd(Tensor d_out, Tensor saved, str activation, bool bias_grad) -> (Tensor, Tensor)")
 
 
@@ -140,7 +142,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         from .kernels.linear_act import linear_act_fwd
 
         out = linear_act_fwd(rows, weight, bias, activation=activation, save_preact=False)[0]
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return cast(Tensor, out.view(*x.shape[:-1], weight.shape[0]))
 
 
 def cls_pool(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "tanh") -> Tensor:

@@ -1,7 +1,9 @@
-"""``act(x @ W.T + b)`` in plain PyTorch: the truth in tests, the baseline in benchmarks, the path where Triton cannot go.
+"""``act(x @ W.T + b)`` in plain PyTorch: truth of the tests, baseline of the benchmarks, path where Triton cannot go.
 
 Every function is made of differentiable torch operations.
 """
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +44,13 @@ def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     assert saved is not None
     match activation:
         case "gelu":
-            return torch.ops.aten.gelu_backward(d_out, saved)
+            return cast(Tensor, torch.ops.aten.gelu_backward(d_out, saved))
         case "gelu_tanh":
-            return torch.ops.aten.gelu_backward(d_out, saved, approximate="tanh")
+            return cast(Tensor, torch.ops.aten.gelu_backward(d_out, saved, approximate="tanh"))
         case "relu":
-            return torch.ops.aten.threshold_backward(d_out, saved, 0)
+            return cast(Tensor, torch.ops.aten.threshold_backward(d_out, saved, 0))
         case "tanh":
-            return torch.ops.aten.tanh_backward(d_out, saved)
+            return cast(Tensor, torch.ops.aten.tanh_backward(d_out, saved))
         case "silu" | "quick_gelu":
             # aten::silu_backward has no derivative of its own. In 16 bits the factors would be rounded one by one.
             slope = 1.702 if activation == "quick_gelu" else 1.0

@@ -1,7 +1,7 @@
 """Backward of the activation and the bias in one pass: ``d_preact = d_out * act'(z)``, ``d_bias = d_preact.sum(0)``.
 
-d_out, saved and d_preact ``[M, N]``, d_bias ``[N]``. Each block writes the fp32 sum of its own rows, and the sums of all
-blocks are added afterwards: no atomics, so the same call gives the same bits.
+d_out, saved and d_preact ``[M, N]``, d_bias ``[N]``. Each block writes the fp32 sum of its own rows, and the sums of
+all blocks are added afterwards: no atomics, so the same call gives the same bits.
 """
 
 import torch

@@ -7,6 +7,8 @@ accumulated in fp32; bias and activation are applied to the accumulator, so the 
 The grouped order of tiles is that of Triton's matrix multiplication tutorial.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -124,20 +126,22 @@ def linear_act_fwd(
             M, N, K, _precision(x.dtype), arch_of(x.device), aligned=_is_aligned(x, N) and _is_aligned(weight, N)
         )
     if config.kernel == "library":
-        preact = torch.nn.functional.linear(x, weight, bias)
-        out = act_fwd(preact, activation, out=torch.empty_like(preact) if save_preact else preact)
-        return out, preact if save_preact else None
+        product = torch.nn.functional.linear(x, weight, bias)
+        out = act_fwd(product, activation, out=torch.empty_like(product) if save_preact else product)
+        return out, product if save_preact else None
 
     out = x.new_empty(M, N)
     preact = x.new_empty(M, N) if save_preact else None
     tma = config.kernel == "tma"
-    x_arg, w_arg, out_arg, preact_arg = x, weight, out, preact
+    arguments: tuple[Any, ...] = (x, weight, out, preact)
     if tma:
-        x_arg = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
-        w_arg = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-        out_arg = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n])
-        if preact is not None:
-            preact_arg = TensorDescriptor.from_tensor(preact, [config.block_m, config.block_n])
+        tiles = [(config.block_m, config.block_k), (config.block_n, config.block_k)]
+        tiles += 2 * [(config.block_m, config.block_n)]
+        arguments = tuple(
+            None if tensor is None else TensorDescriptor.from_tensor(tensor, list(tile))
+            for tensor, tile in zip(arguments, tiles, strict=True)
+        )
+    x_arg, w_arg, out_arg, preact_arg = arguments
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
     with on_device(x):
         linear_act_fwd_kernel[grid](
@@ -179,7 +183,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _is_aligned(matrix: torch.Tensor, N: int) -> bool:
     """Whether every row of ``matrix``, and of an output with N columns, is contiguous and on a 16-byte boundary."""
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
     row_stride, column_stride = matrix.stride()
     elements = 16 // matrix.element_size()
     return (
