@@ -66,3 +66,24 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
 
 
 __all__ = ["ACTIVATIONS", "GRAD_FROM_OUTPUT", "act", "act_grad", "linear_act"]
+
+
+def error_bound(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, exact: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The largest error we promise for each element of ``exact``, the result in fp64 of the same rounded inputs.
+
+    One rounding to ``dtype``, plus fp32 accumulation over K terms: (1 + 2^-6) u |exact| + 2^-23 (1 + K / 16) a, with a
+    the largest sum of |x| |w| + |b| over all outputs. Where it comes from: docs/design.md.
+    """
+    largest = x.double().abs() @ weight.double().abs().t()
+    if bias is not None:
+        largest = largest + bias.double().abs()
+    a = largest.max() if largest.numel() else 0.0
+    unit, absolute = {torch.bfloat16: (2**-8, 0.0), torch.float16: (2**-11, 6e-8), torch.float32: (8 * 2**-24, 0.0)}[
+        dtype
+    ]
+    if dtype == torch.float32 and activation in ("gelu_tanh", "silu", "quick_gelu", "tanh"):
+        absolute = 3e-7  # these are built from exp2, which the GPU approximates
+    relative = 1.0 if dtype == torch.float32 else 1 + 2**-6
+    return relative * unit * exact.abs() + 2**-23 * (1 + x.shape[-1] / 16) * a + absolute

@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+# One thread each: the interpreter's many small operations lose to thread switching otherwise.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
+
+.PHONY: demo test lint gpu clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(PY) -m bert_fused demo $(ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) -n auto --maxprocesses 4 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# For a machine with an NVIDIA GPU, torch and Triton of its own; installs nothing. See CONTRIBUTING.md.
+gpu:
+	sh benchmarks/gpu.sh $(PYTHON)
+
+clean:
+	rm -rf $(VENV)
+
+# torch comes first and under the constraints, so that nothing below pulls another one.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
