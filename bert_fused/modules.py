@@ -66,6 +66,8 @@ def activation_name(function: Any) -> str | None:
         return "gelu" if function.act in (F.gelu, function._gelu_python) else None
     if kind is hf.GELUTanh and isinstance(function.act, functools.partial):
         return "gelu_tanh" if function.act.func is F.gelu else None
+    if kind is hf.GELUTanh and function.act != function._gelu_tanh_python:
+        return None
     if kind in (hf.GELUTanh, hf.NewGELUActivation, hf.AccurateGELUActivation):
         # Their torch.pow runs in fp32 under autocast, and so does all that follows.
         return None if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu") else "gelu_tanh"

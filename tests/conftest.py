@@ -1,6 +1,8 @@
 """Tests run every kernel through Triton's interpreter on the CPU, or, with BERT_FUSED_TEST_GPU=1, on the GPU."""
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,39 @@ if not GPU:
     # Triton reads this when a kernel is decorated, so it must be set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import torch  # noqa: E402
+
+import interpreter  # noqa: E402
+
+if not GPU:
+    interpreter.install()
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if GPU == (item.get_closest_marker("gpu") is not None)]
     config.hook.pytest_deselected(items=[item for item in items if item not in here])
     items[:] = here
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors hold NaN, so that an element that a kernel leaves unwritten cannot look right by chance."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def sanitized() -> Iterator[interpreter.Sanitizer]:
+    """Every launch of the test is watched (``interpreter.sanitized``); the fixture is the record of them."""
+    with interpreter.sanitized() as record:
+        yield record
