@@ -51,7 +51,7 @@ def _linear_act_fwd_fake(
 
 
 def _linear_act_bwd_fake(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(saved), saved.new_empty(saved.shape[1] if bias_grad else 0)
+    return saved.new_empty(saved.shape), saved.new_empty(saved.shape[1] if bias_grad else 0)
 
 
 _library.impl("linear_act_fwd", _linear_act_fwd, "CompositeExplicitAutograd")

@@ -58,9 +58,10 @@ def act_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(d_preact, d_bias)``; d_bias is None unless ``bias_grad``.
 
-    d_out ``[M, N]`` may have any strides. saved ``[M, N]``, contiguous: the output for relu and tanh, the
-    pre-activation for the other activations.
+    d_out ``[M, N]`` may have any strides. saved ``[M, N]`` is the output for relu and tanh, the pre-activation for the
+    other activations.
     """
+    saved = saved.contiguous()
     M, N = saved.shape
     d_preact = torch.empty_like(saved)
     num_pid_m = triton.cdiv(M, ROWS_PER_PROGRAM)

@@ -11,9 +11,8 @@ if not GPU:
     # Triton reads this when a kernel is decorated, so it must be set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-
 import interpreter  # noqa: E402
+import torch  # noqa: E402
 
 if not GPU:
     interpreter.install()
