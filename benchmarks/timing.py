@@ -1,0 +1,130 @@
+"""Interleaved timing of rival implementations, and the statistics of what it yields.
+
+Two clocks, in microseconds per call. GPU: replays of a CUDA graph of many calls over rotating buffers, so that neither
+launches nor warm caches are timed. Wall: calls made from Python one after another, synchronised at the end. Rivals take
+turns in shuffled rounds, because a GPU's clock drifts by more than the differences that matter; what counts is the
+ratio of two samples of one round.
+"""
+
+import functools
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+Sampler = Callable[[], float]  # takes one sample: microseconds per call
+
+MIN_CALLS = 20
+MAX_BUFFERS = 384
+
+
+@dataclass(frozen=True)
+class Summary:
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Baseline's time over this implementation's (above 1: faster than the baseline), with a 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    p20, median, p80 = torch.tensor(samples, dtype=torch.float64).quantile(_levels(0.2, 0.5, 0.8)).tolist()
+    return Summary(median, p20, p80)
+
+
+def ratio(baseline: Sequence[float], samples: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:
+    """Median of the per-round ratios. Both sequences hold one sample of each round, in the order of the rounds.
+
+    The interval is a percentile bootstrap over rounds.
+    """
+    ratios = torch.tensor(baseline, dtype=torch.float64) / torch.tensor(samples, dtype=torch.float64)
+    picks = torch.randint(len(ratios), (resamples, len(ratios)), generator=torch.Generator().manual_seed(seed))
+    medians = ratios[picks].quantile(0.5, dim=1)
+    low, high = medians.quantile(_levels(0.025, 0.975)).tolist()
+    return Ratio(ratios.quantile(0.5).item(), low, high)
+
+
+def _levels(*levels: float) -> torch.Tensor:
+    return torch.tensor(levels, dtype=torch.float64)
+
+
+def buffer_count(bytes_read: int, cache_bytes: int) -> int:
+    """How many sets of buffers to rotate so that a set has left a cache of ``cache_bytes`` before its next turn."""
+    return min(MAX_BUFFERS, max(4, math.ceil(2 * cache_bytes / bytes_read)))
+
+
+def rotated(function: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> list[Call]:
+    """At least ``MIN_CALLS`` calls of ``function``, as often with each set of arguments."""
+    calls: list[Call] = [functools.partial(function, *args) for args in buffers]
+    return calls * math.ceil(MIN_CALLS / len(buffers))
+
+
+def graph_sampler(calls: Sequence[Call]) -> Sampler:
+    """Capture the calls in one CUDA graph; each sample replays it. Whatever compiles must have compiled before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        # The first replay keeps the GPU busy while the host enqueues the timed one, whose launch would else be timed.
+        graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(start.elapsed_time(end)) / len(calls)
+
+    return sample
+
+
+def wall_sampler(calls: Sequence[Call], synchronize: Call) -> Sampler:
+    def sample() -> float:
+        synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        synchronize()
+        return 1e6 * (time.perf_counter() - start) / len(calls)
+
+    return sample
+
+
+def interleave(
+    samplers: Mapping[str, Sampler], *, rounds: int, seed: int = 0, deadline: float = math.inf
+) -> dict[str, list[float]]:
+    """One sample of each implementation per round, in shuffled order, after one unrecorded round.
+
+    No round starts after ``deadline``, a value of ``time.monotonic()``; every list has one length, which may be 0.
+    """
+    order = list(samplers)
+    shuffle = random.Random(seed).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    for name in order:
+        samplers[name]()
+    for _ in range(rounds):
+        if time.monotonic() > deadline:
+            break
+        shuffle(order)
+        for name in order:
+            samples[name].append(samplers[name]())
+    return samples

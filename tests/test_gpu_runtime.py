@@ -1,0 +1,189 @@
+"""A fused call among graphs, streams, settings and models on an NVIDIA GPU. ``make gpu`` runs this."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from checks import Inputs, act64, assert_forward, assert_within, eager, linear64, magnitude, rms
+from gpu import DEVICE, HAS_GPU, MARKS, gradients, inputs, needs_gpu
+from torch import Tensor
+
+import bert_fused
+from bert_fused import linear_act
+from bert_fused.kernels.runtime import arch_of
+
+pytestmark = MARKS
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [256, 250], ids=["kernel", "library"])
+@pytest.mark.parametrize("M", [64, 4096])
+def test_a_graph_replays_with_new_data_and_new_weights(M: int, N: int) -> None:
+    data = inputs("unit", M, N, 192, torch.bfloat16)
+    linear_act(data.x, data.weight, data.bias, "gelu")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear_act(data.x, data.weight, data.bias, "gelu")
+    for seed in (1, 2):
+        fresh = inputs("trained", M, N, 192, torch.bfloat16, seed)
+        data.x.copy_(fresh.x)
+        data.weight.copy_(fresh.weight)
+        data.bias.copy_(fresh.bias)
+        graph.replay()
+        assert_forward(out, fresh.x, fresh.weight, fresh.bias, "gelu", f"replay {seed}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [256, 250], ids=["kernel", "library"])
+def test_a_side_stream_waits_for_its_own_producer(N: int) -> None:
+    data = inputs("unit", 300, N, 192, torch.bfloat16)
+    d_out = torch.ones(300, N, dtype=torch.bfloat16, device=DEVICE)
+    on_time = gradients(linear_act, data, "gelu", d_out)  # compiles: nothing may load a module in the race below
+    late = Inputs(torch.zeros_like(data.x), data.weight, data.bias)
+    linear_act(late.x, late.weight, late.bias)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.x.copy_(data.x)
+        out = linear_act(late.x, late.weight, late.bias)
+        delayed = gradients(linear_act, late, "gelu", d_out)
+    stream.synchronize()
+    assert_forward(out, data.x, data.weight, data.bias, "gelu")
+    for mine, other in zip(delayed, on_time, strict=True):
+        assert rms(mine - other) <= 1e-2 * rms(other)  # cuBLAS may choose another kernel on another stream
+
+
+@pytest.mark.parametrize("M", [77, 1000] if HAS_GPU else [20])
+def test_the_same_call_gives_the_same_bits(M: int) -> None:
+    data = inputs("unit", M, 768 if HAS_GPU else 32, 384 if HAS_GPU else 32, torch.bfloat16)
+    d_out = torch.ones_like(eager(data.x, data.weight, data.bias, "none"))
+    out, first = linear_act(data.x, data.weight, data.bias), gradients(linear_act, data, "gelu", d_out)
+    for _ in range(100 if HAS_GPU else 2):
+        assert torch.equal(linear_act(data.x, data.weight, data.bias), out)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(linear_act, data, "gelu", d_out), first, strict=True))
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one() -> None:
+    data = inputs("unit", 300, 256, 192, torch.bfloat16)
+    x, weight, bias = (tensor.to("cuda:1") for tensor in (data.x, data.weight, data.bias))
+    assert torch.cuda.current_device() == 0
+    out = linear_act(x, weight, bias)
+    assert out.device == x.device
+    assert_forward(out, x, weight, bias, "gelu")
+
+
+@pytest.fixture
+def tf32_allowed() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+def test_fp32_is_exact_by_default() -> None:
+    x, weight, bias = vars(inputs("unit", 300, 256, 192, torch.float32)).values()
+    assert_forward(linear_act(x, weight, bias), x, weight, bias, "gelu")
+
+
+@needs_gpu
+@pytest.mark.usefixtures("tf32_allowed")
+@pytest.mark.parametrize("M", [64, 2048])
+def test_fp32_uses_tf32_where_torch_allows_it(M: int) -> None:
+    x, weight, bias = vars(inputs("unit", M, 256, 192, torch.float32)).values()
+    ref = act64(linear64(x, weight, bias), "gelu")
+    out = linear_act(x, weight, bias)
+    assert_within(out, ref, torch.full_like(ref, 2.0**-10 * magnitude(x, weight, bias)))
+    assert rms(out - ref) > 1e-5 * rms(ref), "TF32 was allowed, and not used"
+
+
+def test_a_bf16_model_fused_gives_its_own_results() -> None:
+    from models import inputs as text
+    from models import make
+
+    model = make(hidden_size=64, intermediate_size=128).to(DEVICE, torch.bfloat16)
+    batch = {name: tensor.to(DEVICE) for name, tensor in text().items()}
+    report = bert_fused.fuse(model)
+    assert len(report.fused) == 3
+    assert set(report.paths.values()) == {"Triton"}
+    result = bert_fused.verify(model, **batch)
+    assert result.cosine > 0.999
+    assert result.max_abs_error < 0.15
+
+
+def test_an_autocast_training_step_is_as_good_as_eagers() -> None:
+    from models import inputs as text
+    from models import make
+
+    model = make(hidden_size=64, intermediate_size=128).to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in text(rows=8, length=30).items()}
+
+    def step(autocast: bool) -> Tensor:
+        model.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            output = model(**batch)
+        (output.last_hidden_state.float().square().mean() + output.pooler_output.float().square().mean()).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
+
+    truth, theirs = step(autocast=False), step(autocast=True)
+    with bert_fused.fused(model) as report:
+        assert len(report.fused) == 3
+        ours = step(autocast=True)
+    assert rms(ours - truth) <= 1.2 * rms(theirs - truth)
+
+
+def test_torch_compile_takes_the_fused_model() -> None:
+    from models import inputs as text
+    from models import make
+
+    model = make(hidden_size=64, intermediate_size=128, num_hidden_layers=1).to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in text().items()}
+    with torch.no_grad(), bert_fused.fused(model):
+        expected = model(**batch)
+        compiled = torch.compile(model, backend="inductor" if HAS_GPU else "aot_eager")(**batch)
+    for name in ("last_hidden_state", "pooler_output"):
+        assert (compiled[name] - expected[name]).abs().max() < 1e-3
+
+
+MEMCHECK = """
+import torch
+from bert_fused.kernels.act_grad import act_bwd
+from bert_fused.kernels.configs import Config
+from bert_fused.kernels.linear_act import linear_act_fwd
+pointer = Config("pointer", "bfloat16", 64, 64, 64, 4, 3)
+tma = Config("tma", "bfloat16", 128, 128, 64, 4, 3)
+for (M, N, K), config in (((65, 203, 77), pointer), ((1, 37, 32), pointer), ((131, 136, 72), tma)):
+    x, w, b = (torch.randn(s, device="cuda").bfloat16() for s in ((M, K), (N, K), (N,)))
+    out, preact = linear_act_fwd(x, w, b, activation="gelu", save_preact=True, config=config)
+    act_bwd(torch.ones_like(out), preact, activation="gelu", bias_grad=True)
+torch.cuda.synchronize()
+print("all launched")
+"""
+
+
+@needs_gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_compute_sanitizer_finds_no_stray_access() -> None:
+    if arch_of(DEVICE) < 90:
+        pytest.skip("the script launches a TMA kernel")
+    # torch probes for what a driver may lack, and the calls that fail then are no findings.
+    command = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, "-c", MEMCHECK]
+    # Without the caching allocator every tensor is an allocation of its own, with bounds that can be checked.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.getcwd()}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        pytest.skip("compute-sanitizer took more than 60 s")
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer refuses this device")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "all launched" in done.stdout
