@@ -119,7 +119,7 @@ def clipped(z: torch.Tensor) -> torch.Tensor:
         (nn.Sequential(nn.GELU()), None),
         (nn.Softplus(), None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__) if callable(value) else str(value),
 )
 def test_any_callable(function, kernel) -> None:
     assert activation_name(function) == kernel
