@@ -146,6 +146,9 @@ def main(argv: list[str]) -> int:
         for row in rows:
             failed |= row["implementation"] == "ours" and row["error"] is not None
             writer.write({"rank": rank, "case": dataclasses.asdict(case), "gpu_state": state} | row)
+            figures = row["gpu"] or row["wall"]
+            result = f"{figures['median_us']:9.1f} us" if figures else f"no figure: {row['error']}"
+            print(f"  {row['implementation']:<14}{result}  {row['config']}", file=sys.stderr, flush=True)
     print_tables(shared, writer.records)
     print(f"{len(writer.records)} records in {writer.path}, {time.monotonic() - start:.0f} s")
     return 1 if failed else 0

@@ -12,6 +12,8 @@ logger = logging.getLogger("bert_fused")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The interpreter computes bfloat16 on its bit patterns (triton-lang/triton#11584).
+INTERPRETER_DTYPES = (torch.float16, torch.float32)
 MIN_ARCH = 80
 
 
@@ -44,7 +46,7 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"{device.type} is not an NVIDIA GPU"
     if interpreted():
-        return None
+        return None if dtype in INTERPRETER_DTYPES else "Triton's interpreter computes bfloat16 wrongly"
     return "cpu is not an NVIDIA GPU" if device.type == "cpu" else _arch_reason(device.index)
 
 
@@ -54,21 +56,32 @@ def tensor_reason(tensor: Tensor) -> str | None:
         return f"{type(tensor).__name__} is a tensor subclass"
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"layout {tensor.layout} is not strided"
-    if not torch.compiler.is_compiling() and tensor.is_neg():
-        return "the tensor is lazily negated"
+    if not torch.compiler.is_compiling() and (tensor.is_neg() or tensor._is_zerotensor()):
+        return "the tensor is lazily negated or zero"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transform_is_active() -> bool:
+    # Not for Dynamo to trace: it takes the result of peek_interpreter_stack for something in every case.
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def forward_ad_is_active() -> bool:
+    """Whether forward-mode automatic differentiation is on; kernels have no rule for it."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def mode_reason() -> str | None:
     """Why operations must stay visible to PyTorch just now, where a raw launch would be silently lost, or None."""
     if torch.compiler.is_exporting():
         return "torch.export is tracing"
+    if _transform_is_active():
+        return "a torch.func transform is active"
+    if forward_ad_is_active():
+        return "forward-mode automatic differentiation is active"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode automatic differentiation is active"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
     if torch._C._is_tracing():

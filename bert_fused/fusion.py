@@ -31,7 +31,7 @@ class FuseReport:
     paths: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [(name, "fused", self.paths[name]) for name in self.fused]
+        rows = [(name or "(model)", "fused", self.paths[name]) for name in self.fused]
         rows += [(name or "(model)", "skipped", reason) for name, reason in self.skipped.items()]
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{name:<{width}}  {what:<7}  {why}" for name, what, why in rows]
@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Results stay those of the model, gradients included. A module whose parts are not what they seem (an adapter, a
     hook, quantised weights, an activation without a kernel) is left alone and named in the report. If that happens
-    after fusing, the module runs Hugging Face's own forward from then on.
+    after fusing, the module runs Hugging Face's own forward for as long as it is so: this is looked up on every call.
 
     Args:
         model: any ``nn.Module`` with modules of the families bert, roberta, xlm-roberta, camembert and electra inside.
@@ -68,6 +68,8 @@ def unfuse(model: nn.Module) -> None:
 def fused(model: nn.Module) -> Iterator[FuseReport]:
     """Fuse within a ``with`` block. What was fused before stays fused after it.
 
+    The block is the model's, not the thread's: leaving it unfuses the model for every thread that calls it.
+
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
@@ -88,7 +90,7 @@ def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module]]:
     names: list[str] = []
     skipped: dict[str, str] = {}
     paths: dict[str, str] = {}
-    swapped: list[nn.Module] = []
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     with _lock:
         matched_by_name = _names_others_match(model)
         for name, module in model.named_modules():
@@ -97,22 +99,21 @@ def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module]]:
             if target is None:
                 continue
             reason = modules.step_aside_reason(module)
-            if reason is None and "forward" in module.__dict__:
-                reason = "its forward was replaced on the instance"
             if reason is None and type(module).__name__ in matched_by_name:
                 reason = "its class is named in _no_split_modules"
             if reason is not None:
                 skipped[name] = reason
                 continue
             if not already:
-                module.__class__ = target
-                swapped.append(module)
+                swapped.append((module, target))
             names.append(name)
             paths[name] = modules.path_of(module)
+        for module, target in swapped:
+            module.__class__ = target
     if not names and not skipped:
         families = "bert, roberta, xlm-roberta, camembert, electra"
         skipped[""] = f"{type(model).__name__} holds no intermediate or pooler module of the families {families}"
-    return FuseReport(tuple(names), skipped, paths), swapped
+    return FuseReport(tuple(names), skipped, paths), [module for module, _ in swapped]
 
 
 def _names_others_match(model: nn.Module) -> set[str]:

@@ -59,9 +59,9 @@ def activation_name(function: Any) -> str | None:
             return _ACTIVATION_OF_FUNCTION.get(function)
         except TypeError:  # unhashable
             return None
-    if _hook_reason(function) is not None:
-        return None
     kind = type(function)
+    if _hook_reason(function) is not None or _class_is_patched(kind):
+        return None
     if kind is hf.GELUActivation:
         return "gelu" if function.act in (F.gelu, function._gelu_python) else None
     if kind is hf.GELUTanh and isinstance(function.act, functools.partial):
@@ -80,8 +80,17 @@ def linear_reason(linear: Any) -> str | None:
     """Why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None if it cannot."""
     if type(linear) is not nn.Linear:
         return f"its dense layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
+    if _class_is_patched(nn.Linear):
+        return "nn.Linear.forward was replaced"
     reason = _hook_reason(linear)
     return f"its dense layer has {reason}" if reason is not None else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _class_is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a class's ``forward`` is no longer the code of the file that defines the class."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is None or code.co_filename != sys.modules[kind.__module__].__file__
 
 
 def _hook_reason(module: nn.Module) -> str | None:
@@ -104,10 +113,15 @@ def step_aside_reason(module: nn.Module) -> str | None:
 
     Checked when fusing and again on every call, since users add adapters, hooks and quantised layers at any time.
     """
-    reason = linear_reason(module.dense)
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if _class_is_patched(original_class(module) or type(module)):
+        return "its class's forward was replaced"
+    dense = getattr(module, "dense", None)
+    reason = linear_reason(dense)
     if reason is not None:
         return reason
-    dense = cast(nn.Linear, module.dense)
+    dense = cast(nn.Linear, dense)
     for name, parameter in (("weight", dense.weight), ("bias", dense.bias)):
         if parameter is not None:
             reason = tensor_reason(parameter)
@@ -128,32 +142,50 @@ def path_of(module: nn.Module) -> str:
 
 
 def _activation_of(module: nn.Module) -> Any:
-    return module.activation if "activation" in module._modules else module.intermediate_act_fn
+    return getattr(module, "activation", None) or getattr(module, "intermediate_act_fn", None)
 
 
 def _describe(function: Any) -> str:
     return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
 
 
+def _original_now(module: nn.Module) -> type[nn.Module]:
+    """Hugging Face's class, also if another thread has given it back to the module since the call began."""
+    kind = type(module)
+    return cast(type[nn.Module], getattr(kind, "original", kind))
+
+
 class _FusedIntermediate(nn.Module):
+    original: type[nn.Module]
+
     def forward(self, hidden_states: Tensor) -> Tensor:
+        original = _original_now(self)
         activation = activation_name(self.intermediate_act_fn)
-        if activation is None or type(hidden_states) is not Tensor or linear_reason(self.dense) is not None:
-            return cast(Tensor, super().forward(hidden_states))
+        if (
+            activation is None
+            or type(hidden_states) is not Tensor
+            or linear_reason(self.dense) is not None
+            or _class_is_patched(original)
+        ):
+            return cast(Tensor, original.forward(self, hidden_states))
         dense = cast(nn.Linear, self.dense)
         return linear_act(hidden_states, dense.weight, dense.bias, activation)
 
 
 class _FusedPooler(nn.Module):
+    original: type[nn.Module]
+
     def forward(self, hidden_states: Tensor) -> Tensor:
+        original = _original_now(self)
         activation = activation_name(self.activation)
         if (
             activation is None
             or type(hidden_states) is not Tensor
             or hidden_states.dim() != 3
             or linear_reason(self.dense) is not None
+            or _class_is_patched(original)
         ):
-            return cast(Tensor, super().forward(hidden_states))
+            return cast(Tensor, original.forward(self, hidden_states))
         dense = cast(nn.Linear, self.dense)
         return cls_pool(hidden_states, dense.weight, dense.bias, activation)
 
@@ -161,9 +193,13 @@ class _FusedPooler(nn.Module):
 class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]
     """``BertIntermediate``, ``act(dense(hidden_states))``, in one kernel: ``[..., H]`` to ``[..., I]``."""
 
+    original = BertIntermediate
+
 
 class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
     """``BertPooler``, ``tanh(dense(hidden_states[:, 0]))``, in one kernel: ``[B, S, H]`` to ``[B, H]``."""
+
+    original = BertPooler
 
 
 def fused_class(original: type) -> type[nn.Module] | None:
@@ -174,9 +210,10 @@ def fused_class(original: type) -> type[nn.Module] | None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """Hugging Face's class of a fused module, or None if the module is not one."""
+    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own."""
     kind = type(module)
-    return kind.__bases__[1] if issubclass(kind, (_FusedIntermediate, _FusedPooler)) else None
+    ours = kind.__module__ == __name__ and globals().get(kind.__name__) is kind
+    return cast(type[nn.Module], getattr(kind, "original")) if ours else None  # noqa: B009
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -186,6 +223,10 @@ def __getattr__(name: str) -> type[nn.Module]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     original = getattr(importlib.import_module(ORIGINALS[original_name]), original_name)
     mixin = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
-    made = type(name, (mixin, original), {"__module__": __name__, "__doc__": f"``{original_name}`` in one kernel."})
+    made = type(
+        name,
+        (mixin, original),
+        {"__module__": __name__, "__doc__": f"``{original_name}`` in one kernel.", "original": original},
+    )
     # Two threads may both get here; all must see the class that came first.
     return cast(type[nn.Module], globals().setdefault(name, made))

@@ -1,12 +1,12 @@
 """``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import device_reason, fallback_reason, log_once
+from .dispatch import device_reason, fallback_reason, forward_ad_is_active, log_once
 from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT
 
 _library = torch.library.Library("bert_fused", "DEF")
@@ -39,7 +39,9 @@ def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bo
 
         d_preact, d_bias = act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
         return d_preact, d_bias if d_bias is not None else saved.new_empty(0)
-    d_preact = reference.act_grad(d_out, saved, activation)
+    d_preact = reference.act_grad(d_out, saved, activation).contiguous()
+    # Outputs of an operator must not share memory with its inputs.
+    d_preact = d_preact.clone() if d_preact is d_out else d_preact
     return d_preact, d_preact.sum(0) if bias_grad else saved.new_empty(0)
 
 
@@ -93,8 +95,8 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
     d_bias: Tensor | None = None
     if d_out is None:
         d_preact = d_preact_direct
-    elif torch.is_grad_enabled() or d_preact_direct is not None or ctx.activation == "none":
-        # Double backward: only torch's own operations can be differentiated again.
+    elif torch.is_grad_enabled() or forward_ad_is_active() or d_preact_direct is not None or ctx.activation == "none":
+        # Second derivatives: only torch's own operations can be differentiated again.
         d_preact = reference.act_grad(d_out, saved, ctx.activation)
         d_preact = d_preact if d_preact_direct is None else d_preact + d_preact_direct
     else:
@@ -148,6 +150,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
+    if isinstance(x, Tensor) and x.is_nested:
+        return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
     _check(x, weight, bias, activation)
     device_type = x.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -165,14 +169,15 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     )
     if needs_grad:
         save_preact = activation not in (*GRAD_FROM_OUTPUT, "none")
-        out = _LinearAct.apply(rows, weight, bias, activation, save_preact)[0]  # type: ignore[no-untyped-call]
+        out: Tensor = _LinearAct.apply(rows, weight, bias, activation, save_preact)[0]  # type: ignore[no-untyped-call]
     elif torch.compiler.is_compiling():
         out = torch.ops.bert_fused.linear_act_fwd(rows, weight, bias, activation, False)[0]
     else:
         from .kernels.linear_act import linear_act_fwd
 
         out = linear_act_fwd(rows, weight, bias, activation=activation, save_preact=False)[0]
-    return cast(Tensor, out.view(*x.shape[:-1], weight.shape[0]))
+    # A view cannot be detached in place, and eager's result is none.
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def cls_pool(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "tanh") -> Tensor:

@@ -80,10 +80,8 @@ def error_bound(
     if bias is not None:
         largest = largest + bias.double().abs()
     a = largest.max() if largest.numel() else 0.0
-    unit, absolute = {torch.bfloat16: (2**-8, 0.0), torch.float16: (2**-11, 6e-8), torch.float32: (8 * 2**-24, 0.0)}[
-        dtype
-    ]
+    unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 8 * 2.0**-24}[dtype]
+    absolute = 6e-8 if dtype == torch.float16 else 0.0  # half the distance of the smallest fp16 numbers, and a little
     if dtype == torch.float32 and activation in ("gelu_tanh", "silu", "quick_gelu", "tanh"):
         absolute = 3e-7  # these are built from exp2, which the GPU approximates
-    relative = 1.0 if dtype == torch.float32 else 1 + 2**-6
-    return relative * unit * exact.abs() + 2**-23 * (1 + x.shape[-1] / 16) * a + absolute
+    return (1 + 2**-6) * unit * exact.abs() + 2**-23 * (1 + x.shape[-1] / 16) * a + absolute

@@ -1,6 +1,7 @@
 """``verify``: the same model, the same inputs, fused and unfused."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .fusion import fused, unfused
 
@@ -32,8 +34,8 @@ class Verification:
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     """Call ``model(*args, **kwargs)`` fused and unfused and compare every floating-point output.
 
-    Both calls run in eval mode without gradients. The training mode of every module and the random state are as before
-    afterwards, and so is what is fused.
+    Both calls run in eval mode without gradients, on copies of the arguments and from the same random state. The
+    training mode of every module, the random state and what is fused are as before afterwards.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -42,10 +44,10 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     with fused(model) as report:
         if not report.fused:
             raise ValueError(f"nothing to verify, no module is fused:\n{report}")
-        with _eval_mode(model), _kept_random_state(model), torch.no_grad():
-            ours = list(_tensors(model(*args, **kwargs)))
+        with _eval_mode(model):
+            ours = _outputs(model, args, kwargs)
             with unfused(model):
-                theirs = list(_tensors(model(*args, **kwargs)))
+                theirs = _outputs(model, args, kwargs)
     if not theirs:
         raise ValueError("nothing to verify: the model returned no floating-point tensor")
     pairs = list(zip(ours, theirs, strict=True))
@@ -56,6 +58,19 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     )
 
 
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The model's floating-point outputs. It gets copies, and its draws are undone: the next call starts the same."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+    args, kwargs = tree_map(copied, (args, kwargs))
+    devices = list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        # Cloned, since a model may return the same buffer every time.
+        return [tensor.clone() for tensor in _tensors(model(*args, **kwargs))]
+
+
 def _max_abs_error(a: Tensor, b: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
     difference = (a.double() - b.double()).abs().masked_fill(same, 0.0)
@@ -64,10 +79,9 @@ def _max_abs_error(a: Tensor, b: Tensor) -> float:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    a, b = a.double().flatten().nan_to_num(), b.double().flatten().nan_to_num()
-    if torch.equal(a, b):
-        return 1.0
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+    """Of the finite parts. 1 for equal outputs, zeros and empty ones included."""
+    a, b = (t.double().flatten().masked_fill(~t.isfinite().flatten(), 0.0) for t in (a, b))
+    return 1.0 if torch.equal(a, b) else float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -92,10 +106,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _kept_random_state(model: nn.Module) -> Iterator[None]:
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield

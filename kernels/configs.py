@@ -44,7 +44,8 @@ class Config:
         if self.kernel == "library":
             return "cuBLAS + activation pass"
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{self.kernel} {tile} {self.num_warps} warps {self.num_stages} stages"
+        group = "" if self.group_m == 8 else f" groups of {self.group_m}"
+        return f"{self.kernel} {tile} {self.num_warps} warps {self.num_stages} stages{group}"
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,15 @@ if not GPU:
     # Triton reads this when a kernel is decorated, so it must be set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import interpreter  # noqa: E402
 import torch  # noqa: E402
 
 if not GPU:
+    import interpreter
+
+    from bert_fused import dispatch
+
     interpreter.install()
+    dispatch.INTERPRETER_DTYPES = dispatch.KERNEL_DTYPES
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,7 +46,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def sanitized() -> Iterator[interpreter.Sanitizer]:
+def sanitized() -> "Iterator[interpreter.Sanitizer]":
     """Every launch of the test is watched (``interpreter.sanitized``); the fixture is the record of them."""
     with interpreter.sanitized() as record:
         yield record

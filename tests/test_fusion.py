@@ -1,6 +1,7 @@
 """fuse, unfuse, fused and verify on whole models: what they change, what they leave, when they step aside."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from models import assert_same, blocks, inputs, make
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import BertForSequenceClassification, BertModel
+from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 import bert_fused
@@ -256,6 +258,60 @@ def test_steps_aside(change, when) -> None:
         assert not torch.allclose(eager(**inputs())[0], untouched), "the change under test changes nothing"
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, BertIntermediate, GELUActivation], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_forward_replaced_on_a_class(kind, when, monkeypatch) -> None:
+    eager, model = make(), make()
+    if when == "after":
+        fuse(model)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", functools.wraps(original)(lambda *a: original(*a) * 2))
+    report = fuse(model)
+    assert FIRST in report.skipped
+    assert_same(model(**inputs()), eager(**inputs()))
+
+
+def test_blocks_with_missing_or_unusual_parts() -> None:
+    eager, model = make(), make()
+    for m in (eager, model):
+        del m.pooler.activation
+        m.pooler.activation = torch.tanh
+    assert fuse(model).fused[-1] == "pooler"
+    assert_same(model(**inputs()), eager(**inputs()))
+    broken = make()
+    del broken.pooler.dense
+    report = fuse(broken)
+    assert "NoneType" in report.skipped["pooler"]
+    assert len(report.fused) == 2
+
+
+def test_subclasses_of_a_fused_class_are_left_alone() -> None:
+    class Mine(FusedBertIntermediate):
+        pass
+
+    model = make()
+    model.encoder.layer[0].intermediate = Mine(model.config)
+    fuse(model)
+    unfuse(model)
+    assert type(model.encoder.layer[0].intermediate) is Mine
+    verify(model, **inputs())
+
+
+def test_a_fused_module_finds_its_original_when_unfused_meanwhile() -> None:
+    from bert_fused.modules import _FusedIntermediate
+
+    model = make()
+    block = model.encoder.layer[0].intermediate
+    block.intermediate_act_fn = nn.Softplus()
+    hidden = torch.randn(2, 3, 32)
+    # The call began with the fused class's forward; another thread has unfused the module since.
+    torch.testing.assert_close(_FusedIntermediate.forward(block, hidden), block(hidden))
+
+
+def test_the_name_of_a_block_that_is_the_whole_model() -> None:
+    assert str(fuse(make().pooler)).startswith("(model)  fused")
+
+
 def test_global_hooks_fire() -> None:
     model = make()
     fuse(model)
@@ -366,6 +422,49 @@ def test_verify_finds_a_difference(planted, monkeypatch) -> None:
     assert result.max_abs_error > 1e-4
     if planted != 1e-3:
         assert result.max_abs_error == float("inf")
+
+
+def test_verify_gives_both_calls_the_same_start() -> None:
+    """Arguments that a model changes, random numbers it draws, and a buffer it returns every time."""
+
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make()
+            self.register_buffer("result", torch.zeros(1, 3, 32))
+
+        def forward(self, input_ids: torch.Tensor, seen: list[int]) -> torch.Tensor:
+            out = self.inner(input_ids)[0] + len(seen) + torch.rand(())
+            seen.append(1)
+            input_ids.fill_(1)
+            return self.result.copy_(out)
+
+    model, ids, seen = Stateful(), torch.tensor([[2, 3, 4]]), []
+    assert verify(model, ids, seen).max_abs_error < 2e-5
+    assert seen == []
+    assert ids.tolist() == [[2, 3, 4]]
+    honest = bert_fused.modules.linear_act
+    bert_fused.modules.linear_act = lambda *a: honest(*a) + 1
+    try:
+        assert verify(model, ids, seen).max_abs_error > 0.01
+    finally:
+        bert_fused.modules.linear_act = honest
+
+
+def test_verify_of_masked_outputs() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+            out = self.inner(**batch)[0]
+            out[:, 0] = float("-inf")
+            return out
+
+    result = verify(Masked(), **inputs())
+    assert result.max_abs_error < 2e-5
+    assert result.cosine > 1 - 1e-6
 
 
 def test_verify_with_nothing_to_compare() -> None:

@@ -256,6 +256,36 @@ def test_forward_mode_differentiation() -> None:
     torch.testing.assert_close(tangent, expected)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
+def test_forward_over_reverse(activation) -> None:
+    x, weight, bias = tensors(3, grad=True)
+    d_out, direction = torch.randn(2, 3, N, generator=torch.Generator().manual_seed(1))
+
+    def tangent(function):
+        out = function(x, weight, bias, activation)
+        return torch.func.jvp(lambda v: torch.autograd.grad(out, x, v, retain_graph=True)[0], (d_out,), (direction,))[1]
+
+    torch.testing.assert_close(tangent(linear_act), tangent(reference.linear_act), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_transforms() -> None:
+    torch._dynamo.reset()
+    x, weight, bias = tensors(3)
+    cases = [
+        lambda f: lambda t: torch.func.jvp(lambda u: f(u, weight, bias, "gelu"), (t,), (torch.ones_like(t),))[1],
+        lambda f: torch.func.grad(lambda t: f(t, weight, bias, "gelu").sum()),
+        lambda f: torch.func.vmap(lambda t: f(t, weight, bias, "gelu")),
+    ]
+    for make in cases:
+        compiled = torch.compile(make(linear_act), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), make(reference.linear_act)(x))
+    compiled = torch.compile(lambda t: linear_act(t, weight, bias), backend="aot_eager")
+    compiled(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(compiled(dual)).tangent is not None
+
+
 def test_batched_gradients() -> None:
     x, weight, bias = tensors(3, grad=True)
     directions = torch.randn(4, 3, N, generator=torch.Generator().manual_seed(1))
@@ -305,6 +335,50 @@ def test_what_no_kernel_serves_takes_the_pytorch_path(make, reason, launches) ->
     assert launches == []
 
 
+def test_strided_nested_tensors() -> None:
+    _, weight, bias = tensors(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        nested = torch.nested.nested_tensor([torch.randn(2, K), torch.randn(3, K)])
+    for mine, theirs in zip(linear_act(nested, weight, bias).unbind(), nested.unbind(), strict=True):
+        torch.testing.assert_close(mine, reference.linear_act(theirs, weight, bias, "gelu"))
+
+
+def test_matrix_results_are_no_views() -> None:
+    x, weight, bias = tensors(3, grad=True)
+    assert linear_act(x, weight, bias).detach_().is_leaf
+    assert cls_pool(torch.randn(3, 2, K), weight, bias).detach_().is_leaf
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+def test_result_changed_in_place(activation) -> None:
+    """Eager notices that a saved output was changed, and allows it where the output is not saved."""
+    outcomes = []
+    for function in (linear_act, reference.linear_act):
+        leaves = tensors(2, 3, grad=True)
+        out = function(*leaves, activation)
+        out.mul_(2)
+        try:
+            out.sum().backward()
+            outcomes.append(leaves[0].grad)
+        except RuntimeError as error:
+            outcomes.append("modified by an inplace operation" in str(error))
+    mine, theirs = outcomes
+    if isinstance(theirs, bool):
+        assert mine is theirs is True
+    else:
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_interpreted_bfloat16_is_left_to_pytorch_where_it_was_not_repaired(monkeypatch, launches) -> None:
+    from bert_fused import dispatch
+
+    monkeypatch.setattr(dispatch, "INTERPRETER_DTYPES", (torch.float16, torch.float32))
+    leaves = tensors(3, dtype=torch.bfloat16)
+    assert torch.equal(linear_act(*leaves), reference.linear_act(*leaves, "gelu"))
+    assert launches == []
+
+
 def test_the_switch_turns_every_kernel_off(monkeypatch, launches) -> None:
     monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
     x, weight, bias = tensors(3, grad=True)
@@ -326,8 +400,9 @@ def test_opcheck(grad, activation, disabled, monkeypatch) -> None:
         torch.library.opcheck(torch.ops.bert_fused.linear_act_fwd, (x, weight, bias, activation, save_preact))
     torch.library.opcheck(torch.ops.bert_fused.linear_act_fwd, (x, weight, None, "none", True))
     for bias_grad in (False, True):
-        arguments = (torch.randn(5, N), torch.randn(5, N), activation, bias_grad)
-        torch.library.opcheck(torch.ops.bert_fused.linear_act_bwd, arguments)
+        for d_out in (torch.randn(5, N), torch.randn(N, 5).t(), torch.randn(1, N).expand(5, N)):
+            arguments = (d_out, torch.randn(5, N), activation, bias_grad)
+            torch.library.opcheck(torch.ops.bert_fused.linear_act_bwd, arguments)
 
 
 def test_one_graph_serves_all_rows() -> None:
