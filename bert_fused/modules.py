@@ -111,7 +111,7 @@ def _hook_reason(module: nn.Module) -> str | None:
 def step_aside_reason(module: nn.Module) -> str | None:
     """Why a module of a supported class must run Hugging Face's own forward, or None if a fused one computes the same.
 
-    Checked when fusing and again on every call, since users add adapters, hooks and quantised layers at any time.
+    For the report of ``fuse``. Every call looks again, since users add adapters, hooks and quantised layers any time.
     """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -155,18 +155,18 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], getattr(kind, "original", kind))
 
 
+def _must_step_aside(original: type[nn.Module], dense: Any, hidden_states: Any) -> bool:
+    """What can change between calls; ``linear_act`` looks at the tensors."""
+    return type(hidden_states) is not Tensor or linear_reason(dense) is not None or _class_is_patched(original)
+
+
 class _FusedIntermediate(nn.Module):
     original: type[nn.Module]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         original = _original_now(self)
         activation = activation_name(self.intermediate_act_fn)
-        if (
-            activation is None
-            or type(hidden_states) is not Tensor
-            or linear_reason(self.dense) is not None
-            or _class_is_patched(original)
-        ):
+        if activation is None or _must_step_aside(original, self.dense, hidden_states):
             return cast(Tensor, original.forward(self, hidden_states))
         dense = cast(nn.Linear, self.dense)
         return linear_act(hidden_states, dense.weight, dense.bias, activation)
@@ -178,13 +178,7 @@ class _FusedPooler(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         original = _original_now(self)
         activation = activation_name(self.activation)
-        if (
-            activation is None
-            or type(hidden_states) is not Tensor
-            or hidden_states.dim() != 3
-            or linear_reason(self.dense) is not None
-            or _class_is_patched(original)
-        ):
+        if activation is None or _must_step_aside(original, self.dense, hidden_states) or hidden_states.dim() != 3:
             return cast(Tensor, original.forward(self, hidden_states))
         dense = cast(nn.Linear, self.dense)
         return cls_pool(hidden_states, dense.weight, dense.bias, activation)
@@ -211,9 +205,9 @@ def fused_class(original: type) -> type[nn.Module] | None:
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
     """Hugging Face's class of a fused module; None if the module's class is not one of this module's own."""
-    kind = type(module)
+    kind: Any = type(module)
     ours = kind.__module__ == __name__ and globals().get(kind.__name__) is kind
-    return cast(type[nn.Module], getattr(kind, "original")) if ours else None  # noqa: B009
+    return cast(type[nn.Module], kind.original) if ours else None
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu", "tanh", "none")
+from bert_fused.reference import ACTIVATIONS as ACTIVATIONS
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REGIMES = ("unit", "trained", "integers")
 
@@ -232,26 +232,6 @@ def make_inputs(regime: str, M: int, N: int, K: int, dtype: torch.dtype, *, bias
         weight = weight * (0.04 if regime == "trained" else max(K, 1) ** -0.5)
         b = -0.1 + 0.1 * b if regime == "trained" else b
     return Inputs(x.to(dtype), weight.to(dtype), b.to(dtype) if bias else None)
-
-
-def eager(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """What a user writes without this library, rounded to x's dtype after every operation."""
-    z = F.linear(x, weight, bias)
-    match activation:
-        case "gelu":
-            return F.gelu(z)
-        case "gelu_tanh":
-            return F.gelu(z, approximate="tanh")
-        case "relu":
-            return F.relu(z)
-        case "silu":
-            return F.silu(z)
-        case "quick_gelu":
-            return z * torch.sigmoid(1.702 * z)
-        case "tanh":
-            return torch.tanh(z)
-    assert activation == "none"
-    return z
 
 
 LAYOUTS = ("contiguous", "row_slice", "column_slice", "transposed", "expanded", "cls", "offset1", "offset3", "offset5")

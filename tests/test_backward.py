@@ -11,7 +11,6 @@ from checks import (
     assert_grad,
     assert_within,
     dtype_name,
-    eager,
     generator,
     grad_bound,
     linear64,
@@ -23,6 +22,7 @@ from checks import (
 
 from bert_fused import ops
 from bert_fused.kernels.act_grad import BLOCK_N, ROWS_PER_PROGRAM, act_bwd
+from bert_fused.reference import linear_act as eager
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -86,6 +86,19 @@ def test_layouts_of_d_out(dtype: torch.dtype, layout: str) -> None:
         assert actual is not None
         assert same is not None
         assert torch.equal(actual, same)
+
+
+@pytest.mark.parametrize("layout", ["row_slice", "column_slice", "transposed", "expanded", "offset1"])
+def test_layouts_of_saved(layout: str) -> None:
+    """Also a saved tensor that is not the forward's own output."""
+    d_out, saved = make_saved("gelu", ROWS_PER_PROGRAM + 3, 37, torch.float16)
+    view = with_layout(saved, layout)
+    d_preact, _ = act_bwd(d_out, view, activation="gelu", bias_grad=True)
+    assert d_preact.is_contiguous()
+    assert torch.equal(
+        d_preact,
+        act_bwd(d_out, view.clone(memory_format=torch.contiguous_format), activation="gelu", bias_grad=True)[0],
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 37), (37, 0), (0, 0)], ids=shape_name)

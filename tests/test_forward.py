@@ -16,7 +16,6 @@ from checks import (
     assert_no_worse_than_eager,
     assert_within,
     dtype_name,
-    eager,
     linear64,
     make_inputs,
     rounding_bound,
@@ -27,6 +26,7 @@ from checks import (
 
 from bert_fused.kernels.configs import Config, shipped_configs
 from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.reference import linear_act as eager
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from checks import Inputs, act64, assert_forward, assert_within, eager, linear64, magnitude, rms
+from checks import Inputs, act64, assert_forward, assert_within, linear64, magnitude, rms
 from gpu import DEVICE, HAS_GPU, MARKS, gradients, inputs, needs_gpu
 from torch import Tensor
 
 import bert_fused
 from bert_fused import linear_act
 from bert_fused.kernels.runtime import arch_of
+from bert_fused.reference import linear_act as eager
 
 pytestmark = MARKS
 
