@@ -23,6 +23,14 @@ def _sigmoid(z):
 
 
 @triton.jit
+def _sigmoid_and_slope(z):
+    """sigmoid(z) and its derivative; as s * (1 - s) the derivative would cancel for large z."""
+    e = _exp(-tl.abs(z))
+    r = 1.0 / (1.0 + e)
+    return tl.where(z < 0.0, e * r, r), e * r * r
+
+
+@triton.jit
 def _clamped_abs(z):
     # Past 16 every factor these bounds guard is 0 or 1 in fp32; without the clamp an infinity would meet a zero.
     return tl.minimum(tl.abs(z), 16.0, propagate_nan=tl.PropagateNan.ALL)
@@ -34,7 +42,8 @@ def gelu(z, DTYPE: tl.constexpr):
 
     fp32 evaluates erf. fp16 and bf16 use z * Phi(z) = max(z, 0) - t * 2^p(t), t = |z|, with p a minimax polynomial of
     log2(Phi(-t)): one exponential, a third of erf's instructions, and no cancellation in the negative tail.
-    Maximum absolute error 5.7e-7 (fp16, degree 7) and 1.9e-6 (bf16, degree 5). gelu(inf) = inf, gelu(-inf) = -0.
+    Maximum absolute error 5.7e-7 (fp16, degree 7) and 1.9e-6 (bf16, degree 5). gelu(inf) = inf; in 16 bits
+    gelu(-inf) = -0, its limit, and in fp32 NaN, as in torch.
     """
     if DTYPE == tl.float32:
         return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
@@ -82,22 +91,17 @@ def gelu_grad(z, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _gelu_tanh_gate(z):
-    # 0.5 * (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) * (z + 0.044715 * z^3)
-    return _sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
-
-
-@triton.jit
 def gelu_tanh(z):
     """``torch.nn.functional.gelu(approximate="tanh")``."""
-    return z * _gelu_tanh_gate(z)
+    # 0.5 * (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) * (z + 0.044715 * z^3)
+    return z * _sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
 
 
 @triton.jit
 def gelu_tanh_grad(z):
     z = tl.where(z < 0.0, -_clamped_abs(z), _clamped_abs(z))
-    s = _gelu_tanh_gate(z)
-    return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    s, slope = _sigmoid_and_slope(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    return s + z * slope * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
 
 
 @triton.jit
@@ -107,8 +111,8 @@ def silu(z):
 
 @triton.jit
 def silu_grad(z):
-    s = _sigmoid(z)
-    return s * (1.0 + z * (1.0 - s))
+    s, slope = _sigmoid_and_slope(z)
+    return s + z * slope
 
 
 @triton.jit
@@ -119,8 +123,8 @@ def quick_gelu(z):
 
 @triton.jit
 def quick_gelu_grad(z):
-    s = _sigmoid(1.702 * z)
-    return s * (1.0 + 1.702 * z * (1.0 - s))
+    s, slope = _sigmoid_and_slope(1.702 * z)
+    return s + 1.702 * z * slope
 
 
 @triton.jit

@@ -85,11 +85,12 @@ def get_config(M: int, N: int, K: int, dtype: str, arch: int, *, aligned: bool) 
     """The configuration for ``[M, K] @ [N, K].T``.
 
     aligned: whether every row of x, W and the output starts on a 16-byte boundary and is contiguous. Where it is not,
-    loads are narrow and large tiles spill, so cuBLAS serves. It also serves IEEE fp32, which has no tensor cores.
+    loads are narrow and large tiles spill, so cuBLAS serves. It also serves IEEE fp32, which has no tensor cores, and
+    K = 0, which no descriptor describes.
     """
     if N > MAX_N or M > MAX_M:
         return Config("library", dtype)
-    if arch != 0 and (dtype == "float32" or not aligned):
+    if arch != 0 and (dtype == "float32" or not aligned or K == 0):
         return Config("library", dtype)
     entries = [entry for entry in load_table(arch) if entry.config.dtype == dtype]
     candidates = [entry for entry in entries if (entry.n, entry.k) == (N, K)]
