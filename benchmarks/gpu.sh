@@ -5,6 +5,10 @@ set -u
 python=${1:-python3}
 unset TRITON_INTERPRET BERT_FUSED_DISABLE
 export PYTHONUNBUFFERED=1
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "make gpu: $python sees no NVIDIA GPU" >&2
+    exit 2
+fi
 status=0
 # At SIGINT, unlike SIGTERM, pytest still prints what failed.
 BERT_FUSED_TEST_GPU=1 timeout -s INT -k 10 220 "$python" -m pytest tests/test_gpu.py tests/test_gpu_runtime.py \

