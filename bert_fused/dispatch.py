@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,9 +63,13 @@ def tensor_reason(tensor: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _transform_is_active() -> bool:
-    # Not for Dynamo to trace: it takes the result of peek_interpreter_stack for something in every case.
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _tracer_reason() -> str | None:
+    # Not for Dynamo to trace: it takes both for true in every case (is_exporting up to torch 2.11).
+    if torch.compiler.is_exporting():
+        return "torch.export is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    return None
 
 
 def forward_ad_is_active() -> bool:
@@ -74,10 +79,9 @@ def forward_ad_is_active() -> bool:
 
 def mode_reason() -> str | None:
     """Why operations must stay visible to PyTorch just now, where a raw launch would be silently lost, or None."""
-    if torch.compiler.is_exporting():
-        return "torch.export is tracing"
-    if _transform_is_active():
-        return "a torch.func transform is active"
+    reason = _tracer_reason()
+    if reason is not None:
+        return cast(str, reason)
     if forward_ad_is_active():
         return "forward-mode automatic differentiation is active"
     if torch.compiler.is_compiling():

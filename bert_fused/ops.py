@@ -154,7 +154,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
     _check(x, weight, bias, activation)
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
         x, weight, bias = _autocast(x, weight, bias, torch.get_autocast_dtype(device_type))
     _check_dtypes(x, weight, bias)
     reason = fallback_reason(x, weight, bias)

@@ -423,13 +423,26 @@ def test_one_graph_serves_all_rows() -> None:
 
 def test_compiled_training_step() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(linear_act, fullgraph=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_act, fullgraph=True, backend=counter)
     for rows in ((6,), (2, 3)):
         ours, eager = tensors(*rows, grad=True), tensors(*rows, grad=True)
         compiled(*ours).square().sum().backward()
         linear_act(*eager).square().sum().backward()
         for mine, theirs in zip(ours, eager, strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad)
+    assert "linear_act_fwd" in counter.graphs[0].print_readable(print_output=False)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_the_aten_path(strict) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return bert_fused.linear_act(x, weight, bias)
+
+    program = torch.export.export(Model(), tensors(6), strict=strict)
+    assert not [node for node in program.graph.nodes if "bert_fused" in str(node.target)]
+    torch.testing.assert_close(program.module()(*tensors(6)), reference.linear_act(*tensors(6), "gelu"))
 
 
 def test_inductor() -> None:
@@ -437,13 +450,3 @@ def test_inductor() -> None:
     x, weight, bias = tensors(6)
     compiled = torch.compile(lambda *a: linear_act(*a) * 2 + 1, fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), linear_act(x, weight, bias) * 2 + 1)
-
-
-def test_export_takes_the_aten_path() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return bert_fused.linear_act(x, weight, bias)
-
-    program = torch.export.export(Model(), tensors(6))
-    assert not [node for node in program.graph.nodes if "bert_fused" in str(node.target)]
-    torch.testing.assert_close(program.module()(*tensors(6)), reference.linear_act(*tensors(6), "gelu"))
