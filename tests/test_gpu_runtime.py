@@ -149,7 +149,7 @@ def test_torch_compile_takes_the_fused_model() -> None:
     batch = {name: tensor.to(DEVICE) for name, tensor in text().items()}
     with torch.no_grad(), bert_fused.fused(model):
         expected = model(**batch)
-        compiled = torch.compile(model, backend="inductor" if HAS_GPU else "aot_eager")(**batch)
+        compiled = torch.compile(model, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")(**batch)
     for name in ("last_hidden_state", "pooler_output"):
         assert (compiled[name] - expected[name]).abs().max() < 1e-3
 
