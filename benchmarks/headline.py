@@ -95,7 +95,9 @@ def implementations(case: Case, device: str) -> list[Implementation]:
     reason = device_reason(torch.device(device), getattr(torch, case.dtype))
     if reason is not None:
         return [Implementation("ours", ours, f"PyTorch path ({reason})"), *baselines]
-    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    from bert_fused.kernels.runtime import arch_of
+
+    arch = arch_of(torch.device(device))
     chosen = get_config(case.M, case.N, case.K, case.dtype, arch, aligned=True)
     library = Implementation("ours", ours, str(chosen))
     if case.rivals == "riskiest":

@@ -18,13 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.configs import Config, shipped_configs
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, shipped_configs
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 REGISTERS_PER_SM = 65536
-# Bytes of shared memory of an SM, all blocks together: CUDA C++ programming guide, technical specifications.
-SHARED_MEMORY_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+# Bytes of shared memory that the system takes from an SM's for each block on it.
+RESERVED = 1024
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
@@ -138,7 +138,7 @@ def inspect(compiled: Any, arch: int, num_warps: int, tile: int) -> dict[str, An
         "shared_bytes": shared,
         "ctas_per_sm": min(
             REGISTERS_PER_SM // (-(-registers // 8) * 8 * 32 * num_warps),
-            SHARED_MEMORY_PER_SM[arch] // (shared + 1024),
+            (SHARED_MEMORY[arch] + RESERVED) // (shared + RESERVED),
         ),
         "mma_instructions": len(matrix),
         "epilogue_per_element": round((len(instructions) - matrix[-1]) * num_warps * 32 / tile, 1) if matrix else None,

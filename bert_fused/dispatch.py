@@ -18,12 +18,13 @@ INTERPRETER_DTYPES = (torch.float16, torch.float32)
 MIN_ARCH = 80
 
 
-@functools.cache
-def _arch_reason(index: int | None) -> str | None:
+def _gpu_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "ROCm is not supported"
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if 10 * major + minor >= MIN_ARCH else f"sm_{major}{minor} is older than sm_{MIN_ARCH}"
+    from .kernels.runtime import arch_of
+
+    arch = arch_of(device)
+    return None if arch >= MIN_ARCH else f"sm_{arch} is older than sm_{MIN_ARCH}"
 
 
 def interpreted() -> bool:
@@ -48,7 +49,7 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{device.type} is not an NVIDIA GPU"
     if interpreted():
         return None if dtype in INTERPRETER_DTYPES else "Triton's interpreter computes bfloat16 wrongly"
-    return "cpu is not an NVIDIA GPU" if device.type == "cpu" else _arch_reason(device.index)
+    return "cpu is not an NVIDIA GPU" if device.type == "cpu" else _gpu_reason(device)
 
 
 def tensor_reason(tensor: Tensor) -> str | None:

@@ -39,7 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
             served.append(dtype)
     if served:
         print()
-        _print_choices(0 if interpreted() else _arch(device), tuple(served))
+        from .kernels.runtime import arch_of
+
+        _print_choices(arch_of(device), tuple(served))
     else:
         print("\nWhat a GPU would choose: python -m bert_fused info --arch 90")
     return 0
@@ -74,13 +76,9 @@ def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return "no NVIDIA GPU" + (", kernels run in Triton's interpreter" if interpreted() else "")
     properties = torch.cuda.get_device_properties(device)
+    arch = f"sm_{properties.major}{properties.minor}"
     memory = properties.total_memory / 2**30
-    return f"{properties.name}, sm_{_arch(device)}, {properties.multi_processor_count} SMs, {memory:.0f} GiB"
-
-
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return f"{properties.name}, {arch}, {properties.multi_processor_count} SMs, {memory:.0f} GiB"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -65,7 +65,10 @@ def activation_name(function: Any) -> str | None:
     if kind is hf.GELUActivation:
         return "gelu" if function.act in (F.gelu, function._gelu_python) else None
     if kind is hf.GELUTanh and isinstance(function.act, functools.partial):
-        return "gelu_tanh" if function.act.func is F.gelu else None
+        same = (
+            function.act.func is F.gelu and function.act.keywords == {"approximate": "tanh"} and not function.act.args
+        )
+        return "gelu_tanh" if same else None
     if kind is hf.GELUTanh and function.act != function._gelu_tanh_python:
         return None
     if kind in (hf.GELUTanh, hf.NewGELUActivation, hf.AccurateGELUActivation):

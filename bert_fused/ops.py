@@ -111,7 +111,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
 
 
 class _LinearAct(torch.autograd.Function):
-    """``linear_act`` where a gradient is wanted. Half the overhead of the operator's own registered autograd."""
+    """``linear_act`` where a gradient is wanted: fewer steps per call than the operator's own registered autograd."""
 
     @staticmethod
     def forward(

@@ -139,10 +139,12 @@ def test_activation_whose_insides_were_replaced() -> None:
     for module in (ours, theirs):
         module.intermediate_act_fn.act = clipped
     assert_parity(ours, theirs)
-    for module in (ours, theirs):
-        module.intermediate_act_fn = ACT2FN["gelu_pytorch_tanh"]
-        module.intermediate_act_fn.act = clipped
-    assert_parity(ours, theirs)
+    for inside in (clipped, functools.partial(F.gelu), functools.partial(F.gelu, approximate="none")):
+        for module in (ours, theirs):
+            module.intermediate_act_fn = ACT2FN["gelu_pytorch_tanh"]
+            module.intermediate_act_fn.act = inside
+        assert activation_name(ours.intermediate_act_fn) is None
+        assert_parity(ours, theirs)
 
 
 def test_activation_swapped_between_calls() -> None:

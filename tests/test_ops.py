@@ -379,6 +379,30 @@ def test_interpreted_bfloat16_is_left_to_pytorch_where_it_was_not_repaired(monke
     assert launches == []
 
 
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "sm_75 is older than sm_80"), ((8, 0), None), ((9, 0), None), ((12, 0), None)]
+)
+def test_which_gpus_have_kernels(capability, reason, monkeypatch) -> None:
+    from bert_fused import dispatch
+    from bert_fused.kernels import runtime
+
+    runtime._arch_of_index.cache_clear()
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    try:
+        assert dispatch.device_reason(torch.device("cuda", 0), torch.bfloat16) == reason
+    finally:
+        runtime._arch_of_index.cache_clear()
+
+
+def test_a_fallback_is_logged_once(caplog) -> None:
+    from bert_fused.dispatch import log_once
+
+    for _ in range(2):
+        log_once("a reason for this test")
+    assert [record.getMessage().endswith("a reason for this test") for record in caplog.records] == [True]
+
+
 def test_the_switch_turns_every_kernel_off(monkeypatch, launches) -> None:
     monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
     x, weight, bias = tensors(3, grad=True)
