@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import buffer_count, graph_sampler, interleave, ratio, rotated, summarize, wall_sampler
-from bert_fused.reference import error_bound, linear_act
+from bert_fused.accuracy import check
+from bert_fused.timing import buffer_count, graph_sampler, interleave, ratio, rotated, summarize, wall_sampler
 
 SEQUENCE = 128
-EAGER_RATIO = 1.001
 
 
 @dataclass(frozen=True)
@@ -46,48 +45,6 @@ class Implementation:
     @property
     def label(self) -> str:
         return f"{self.name}: {self.config}" if self.config else self.name
-
-
-def rows_of(x: Tensor) -> Tensor:
-    return x[:, 0] if x.dim() == 3 else x
-
-
-def check(implementation: Implementation, case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
-    """The errors against fp64 on the data that will be timed.
-
-    Two tests, both must pass. A sweep of pre-activations that every dtype holds exactly tells one function from another
-    (tanh GELU from erf), however it rounds. On the timed data the promised bound holds, or eager's error.
-
-    Raises:
-        ValueError: the result is wrong.
-    """
-    activation = implementation.computes or case.activation
-    sweep_x, sweep_weight = torch.zeros_like(x), torch.zeros_like(weight)
-    sweep_x[..., 0] = 1
-    sweep_weight[:, 0] = torch.linspace(-6, 6, case.N)
-    _, _, outside = _errors(implementation, activation, sweep_x, sweep_weight, torch.zeros_like(bias))
-    if outside:
-        raise ValueError(f"wrong result: not {activation}, {outside} elements of a sweep are outside the bound")
-    maximum, rms, outside = _errors(implementation, activation, x, weight, bias)
-    eager = Implementation("eager", lambda x, w, b: linear_act(rows_of(x), w, b, activation))
-    eager_maximum, eager_rms, _ = _errors(eager, activation, x, weight, bias)
-    if outside and not (maximum <= EAGER_RATIO * eager_maximum and rms <= EAGER_RATIO * eager_rms):
-        raise ValueError(f"wrong result: max error {maximum:.3g}, eager's {eager_maximum:.3g}")
-    return {"max_abs_error": maximum, "rms_error": rms, "eager_max_abs_error": eager_maximum}
-
-
-def _errors(
-    implementation: Implementation, activation: str, x: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[float, float, int]:
-    """Largest error, RMS error, and how many elements break the promised bound."""
-    rows = rows_of(x)
-    ref = linear_act(rows.double(), weight.double(), bias.double(), activation)
-    bound = error_bound(rows, weight, bias, activation, ref, x.dtype)
-    # Freed memory full of NaN is what the implementation allocates next: an element it leaves unwritten shows.
-    freed = [torch.full_like(ref, math.nan, dtype=x.dtype) for _ in range(4)]
-    del freed
-    error = (implementation.call(x, weight, bias).double() - ref).abs()
-    return error.max().item(), error.square().mean().sqrt().item(), int((~(error <= bound)).sum())
 
 
 def make_buffers(case: Case, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -122,7 +79,7 @@ def measure(
             break
         row: dict[str, Any] = {"implementation": rival.name, "config": rival.config, "error": None}
         try:
-            row |= check(rival, case, *buffers[0])
+            row |= check(rival.call, rival.computes or case.activation, *buffers[0])
             calls = rotated(rival.call, buffers)
             if device == "cuda":
                 samplers["gpu"][rival.label] = graph_sampler(calls)

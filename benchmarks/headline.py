@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bert_fused
-from benchmarks.comparison import Case, Implementation, measure, measure_ceilings, rows_of
+from benchmarks.comparison import Case, Implementation, measure, measure_ceilings
 from benchmarks.records import Writer, default_path, environment, gpu_state, print_tables
 from bert_fused import reference
+from bert_fused.accuracy import rows_of
 from bert_fused.dispatch import device_reason
 from bert_fused.kernels.configs import Config, get_config, shipped_configs
 

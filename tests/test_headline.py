@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks import headline
 from benchmarks.comparison import Case, Implementation, measure
 from benchmarks.records import default_path
-from benchmarks.timing import Ratio, buffer_count, interleave, ratio, rotated, summarize, wall_sampler
 from bert_fused.kernels.configs import Config
+from bert_fused.timing import Ratio, buffer_count, interleave, ratio, rotated, summarize, wall_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = Case("linear_act", "small", 48, 96, 64, "gelu")

@@ -1,0 +1,55 @@
+"""Is what a function returns ``act(x @ W.T + b)``? Asked before anything is timed."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .reference import error_bound, linear_act
+
+LinearAct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# In 16 bits a result may be as far from fp64 as eager's, and no further; 1.001 allows for ties.
+EAGER_RATIO = 1.001
+
+
+def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
+    """The errors of ``function(x, weight, bias)`` against fp64.
+
+    Two tests, both must pass. A sweep of pre-activations that every dtype holds exactly tells one function from another
+    (tanh GELU from erf), however it rounds. On the given data the promised bound holds, or eager's error.
+
+    Raises:
+        ValueError: the result is wrong.
+    """
+    sweep_x, sweep_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    sweep_x[..., 0] = 1
+    sweep_weight[:, 0] = torch.linspace(-6, 6, len(weight))
+    _, _, outside = _errors(function, activation, sweep_x, sweep_weight, torch.zeros_like(bias))
+    if outside:
+        raise ValueError(f"wrong result: not {activation}, {outside} elements of a sweep are outside the bound")
+    maximum, rms, outside = _errors(function, activation, x, weight, bias)
+    eager_maximum, eager_rms, _ = _errors(
+        lambda x, weight, bias: linear_act(rows_of(x), weight, bias, activation), activation, x, weight, bias
+    )
+    if outside and not (maximum <= EAGER_RATIO * eager_maximum and rms <= EAGER_RATIO * eager_rms):
+        raise ValueError(f"wrong result: max error {maximum:.3g}, eager's {eager_maximum:.3g}")
+    return {"max_abs_error": maximum, "rms_error": rms, "eager_max_abs_error": eager_maximum}
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """The rows that enter the product: of ``[B, S, K]``, the pooler's input, each sequence's first."""
+    return x[:, 0] if x.dim() == 3 else x
+
+
+def _errors(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float, int]:
+    """Largest error, RMS error, and how many elements break the promised bound."""
+    rows = rows_of(x)
+    exact = linear_act(rows.double(), weight.double(), bias.double(), activation)
+    bound = error_bound(rows, weight, bias, activation, exact, x.dtype)
+    # Freed memory full of NaN is what the function allocates next: an element it leaves unwritten shows.
+    freed = [torch.full_like(exact, math.nan, dtype=x.dtype) for _ in range(4)]
+    del freed
+    error = (function(x, weight, bias).double() - exact).abs()
+    return error.max().item(), error.square().mean().sqrt().item(), int((~(error <= bound)).sum())
