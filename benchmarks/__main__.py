@@ -4,8 +4,9 @@ import importlib
 import sys
 
 COMMANDS = {
+    "run": "ours against every rival on BERT's shapes, interleaved; JSON lines",
+    "report": "a Markdown table and plots of what run wrote, or a comparison of two runs",
     "sass": "registers, spills and matrix instructions of every shipped configuration; needs no GPU",
-    "headline": "ours against eager, F.linear and torch.compile on BERT's shapes",
 }
 
 

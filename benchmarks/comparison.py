@@ -1,6 +1,7 @@
-"""One case of a benchmark: its rivals are checked against fp64, timed in turns, and each gives one record."""
+"""The rivals of one case in one process: each is checked, then all are timed in turns, and each gives one record."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -8,124 +9,166 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bert_fused.accuracy import check
-from bert_fused.timing import buffer_count, graph_sampler, interleave, ratio, rotated, summarize, wall_sampler
+from bert_fused.timing import (
+    MIN_CALLS,
+    Call,
+    Sampler,
+    event_sampler,
+    graph_sampler,
+    interleave,
+    ratio,
+    repeated,
+    summarize,
+    wall_sampler,
+)
 
-SEQUENCE = 128
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape, and who competes: "riskiest" and "compile" name one rival, "configurations" is every candidate."""
-
-    op: str
-    model: str
-    M: int
-    N: int
-    K: int
-    activation: str
-    rivals: str = "configurations"
-    dtype: str = "bfloat16"
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.model} M={self.M} K={self.K} N={self.N} {self.dtype} {self.activation} ({self.rivals})"
+Inputs = tuple[Any, ...]
+BASELINES = ("eager", "F.linear")
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """``call(x, weight, bias)``; ``computes`` is the activation it applies, where that is not the case's."""
+    """A way to compute a case.
+
+    calls: given sets of inputs, one call for each set. config: the kernel it chose, where it says. computes: the
+    activation it applies, where that is not the case's. graphs: it replays CUDA graphs of its own, so that its calls
+    cannot be captured in another.
+    """
 
     name: str
-    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    calls: Callable[[Sequence[Inputs]], list[Call]]
     config: str = ""
     computes: str | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}: {self.config}" if self.config else self.name
+    graphs: bool = False
 
 
-def make_buffers(case: Case, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Sets of x, weight and bias, so many that none is in cache when its turn comes."""
-    dtype = getattr(torch, case.dtype)
-    g = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float32, generator=g)
-
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
-    sets = buffer_count((case.M + case.N) * case.K * dtype.itemsize, cache)
-    shape = (case.M, SEQUENCE, case.K) if case.op == "cls_pool" else (case.M, case.K)
-    return [
-        (normal(*shape).to(dtype), (0.02 * normal(case.N, case.K)).to(dtype), (0.02 * normal(case.N)).to(dtype))
-        for _ in range(sets)
-    ]
+def each(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
+    """The calls of an implementation that is just a function of the inputs."""
+    return lambda sets: [functools.partial(function, *inputs) for inputs in sets]
 
 
-@torch.no_grad()
-def measure(
-    case: Case, rivals: Sequence[Implementation], *, device: str, rounds: int, deadline: float = math.inf
-) -> list[dict[str, Any]]:
-    """Check and time the rivals of one case. One record each; one that fails has an error and no figure."""
-    buffers = make_buffers(case, device)
-    synchronize: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
+def graphed(function: Callable[..., Any], copied: int = 1) -> Callable[[Sequence[Inputs]], list[Call]]:
+    """The calls of a function captured in a CUDA graph, as servers do: the first ``copied`` inputs are copied in."""
+
+    def capture(inputs: Inputs) -> Call:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        moving = [tensor for tensor in inputs[:copied] if tensor is not None]
+        static = [None if tensor is None else tensor.clone() for tensor in inputs[:copied]]
+        targets = [tensor for tensor in static if tensor is not None]
+        static += inputs[copied:]
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function(*static)
+
+        def call() -> Any:
+            torch._foreach_copy_(targets, moving)
+            graph.replay()
+            return output
+
+        return call
+
+    return lambda sets: [capture(inputs) for inputs in sets]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its data.
+
+    sets: inputs, so many that none is in cache when its turn comes. check: given an implementation, a function that
+    calls it and a set of inputs, its errors; raises ValueError if they are too large. flops and bytes: of the matrix
+    products and their operands, one call. min_calls: how many calls one sample takes. fill: the share of tokens that
+    are not padding.
+    """
+
+    implementations: list[Implementation]
+    sets: list[Inputs]
+    check: Callable[[Implementation, Callable[..., Any], Inputs], dict[str, float]]
+    flops: float
+    bytes: float
+    min_calls: int = MIN_CALLS
+    fill: float = 1.0
+
+
+def measure(problem: Problem, *, device: str, rounds: int, deadline: float = math.inf) -> list[dict[str, Any]]:
+    """Check and time the rivals. One row each; one that fails has an error and no figure."""
+    synchronize: Call = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows: dict[str, dict[str, Any]] = {}
-    samplers: dict[str, dict[str, Callable[[], float]]] = {"gpu": {}, "wall": {}}
-    for rival in rivals:
-        begin = time.monotonic()
-        if begin > deadline:
-            break
-        row: dict[str, Any] = {"implementation": rival.name, "config": rival.config, "error": None}
+    samplers: dict[str, dict[str, Sampler]] = {"gpu": {}, "wall": {}}
+    methods: dict[str, str] = {}
+    for rival in problem.implementations:
+        row = {"implementation": rival.name, "config": rival.config, "computes": rival.computes, "error": None}
+        row |= {"accuracy": None, "compile_seconds": None, "peak_bytes": None}
+        rows[rival.name] = row
+        if time.monotonic() > deadline:
+            row["error"] = "out of time"
+            continue
         try:
-            row |= check(rival.call, rival.computes or case.activation, *buffers[0])
-            calls = rotated(rival.call, buffers)
+            row |= _prepare(problem, rival, device, synchronize)
+            calls = repeated(rival.calls(problem.sets), problem.min_calls)
             if device == "cuda":
-                samplers["gpu"][rival.label] = graph_sampler(calls)
-            samplers["wall"][rival.label] = wall_sampler(calls, synchronize)
+                samplers["gpu"][rival.name], methods[rival.name] = _gpu_sampler(calls, rival)
+            samplers["wall"][rival.name] = wall_sampler(calls, synchronize)
         except Exception as error:  # that a rival does not compile or run is a result as well
             row["error"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            for of_clock in samplers.values():
+                of_clock.pop(rival.name, None)
             synchronize()  # raises if the GPU can do no more
-        row["prepare_seconds"] = round(time.monotonic() - begin, 3)
-        rows[rival.label] = row
-
     for clock, of_clock in samplers.items():
         samples = interleave(of_clock, rounds=rounds, deadline=deadline)
-        for label, row in rows.items():
-            taken = samples.get(label)
-            row[clock] = (
-                _figures(taken, {b: samples[b] for b in ("eager", "F.linear") if b in samples}) if taken else None
-            )
+        for name, row in rows.items():
+            taken = samples.get(name)
+            method = methods.get(name, "graph") if clock == "gpu" else "wall"
+            row[clock] = figures(taken, method, {b: samples[b] for b in BASELINES if b in samples}) if taken else None
+            row["complete"] = row.get("complete", True) and (name not in of_clock or len(taken or ()) == rounds)
     for row in rows.values():
-        figures = row["gpu"] or row["wall"]
-        row["tflops"] = 2e-6 * case.M * case.N * case.K / figures["median_us"] if figures else None
+        row["complete"] = row["complete"] and row["error"] != "out of time"
+        timed = row["gpu"] or row["wall"]
+        row["tflops"] = 1e-6 * problem.flops / timed["median_us"] if timed else None
     return list(rows.values())
 
 
-def measure_ceilings(device: str) -> list[dict[str, Any]]:
-    """What this machine reaches at best: a large bf16 matrix product, and a large copy (bytes read and written)."""
-    size, copied = (8192, 2**30) if device == "cuda" else (256, 2**24)
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    source = torch.randn(copied // 2, device=device, dtype=torch.float32).bfloat16()
-    target = torch.empty_like(source)
-    records = []
-    for op, function, arguments in (("matmul", torch.mm, (a, b)), ("copy", target.copy_, (source,))):
-        calls = rotated(function, [arguments])
-        sampler = graph_sampler(calls) if device == "cuda" else wall_sampler(calls, lambda: None)
-        samples = interleave({op: sampler}, rounds=10)[op]
-        figures = _figures(samples, {})
-        seconds = 1e-6 * figures["median_us"]
-        rate = {"tflops": 2e-12 * size**3 / seconds} if op == "matmul" else {"tb_per_s": 2e-12 * copied / seconds}
-        case = {"op": op, "dtype": "bfloat16", "size": size if op == "matmul" else copied}
-        clock = "gpu" if device == "cuda" else "wall"
-        records.append({"case": case, "implementation": "PyTorch", "error": None, clock: figures} | rate)
-    return records
+def _prepare(problem: Problem, rival: Implementation, device: str, synchronize: Call) -> dict[str, Any]:
+    """The first call, which compiles whatever compiles; the memory of one more; the errors."""
+    begin = time.monotonic()
+    (call,) = rival.calls(problem.sets[:1])
+    call()
+    synchronize()
+    row: dict[str, Any] = {"compile_seconds": round(time.monotonic() - begin, 3), "peak_bytes": None}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        synchronize()
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+
+    def once(*inputs: Any) -> Any:
+        (call,) = rival.calls([inputs])
+        return call()
+
+    row["accuracy"] = problem.check(rival, once, problem.sets[0])
+    return row
 
 
-def _figures(samples: list[float], baselines: dict[str, list[float]]) -> dict[str, Any]:
+def _gpu_sampler(calls: Sequence[Call], rival: Implementation) -> tuple[Sampler, str]:
+    if not rival.graphs:
+        try:
+            return graph_sampler(calls), "graph"
+        except RuntimeError:  # what synchronises or allocates cannot be captured
+            torch.cuda.synchronize()
+    return event_sampler(calls), "events"
+
+
+def figures(samples: list[float], method: str, baselines: dict[str, list[float]]) -> dict[str, Any]:
+    """What a record says of one clock. ``method``: how it was read, "graph", "events" or "wall"."""
     summary = summarize(samples)
     return {
+        "method": method,
         "median_us": summary.median,
         "p20_us": summary.p20,
         "p80_us": summary.p80,

@@ -1,5 +1,6 @@
-"""What a benchmark run leaves: JSON lines that say where they come from, and a printed table."""
+"""What a benchmark run leaves: JSON lines that say where they come from, one for each case and implementation."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -12,8 +13,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import Case
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
+SCHEMA_FILE = ROOT / "benchmarks" / "schema.json"
+# Without these a run cannot go on from a file; all else is checked where the report is made.
+FIELDS = {"run", "commit", "dirty", "device", "versions", "case", "complete"}
 
 GPU_STATE = (
     "clocks.sm",
@@ -49,14 +55,19 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            "transformers": _version("transformers"),
             "cuda": torch.version.cuda,
         },
     }
 
 
-def gpu_state() -> dict[str, str] | None:
-    """Clocks, power and throttling as they are now; None where they cannot be read."""
-    values = _nvidia_smi(*GPU_STATE)
+class BadResults(ValueError):
+    """A file of results that cannot be used; the message says which line and why."""
+
+
+def gpu_state(device: str) -> dict[str, str] | None:
+    """Clocks, power and throttling as they are now, read through NVML; None where they cannot be."""
+    values = _nvidia_smi(*GPU_STATE) if device == "cuda" else None
     return dict(zip(GPU_STATE, values, strict=True)) if values else None
 
 
@@ -69,79 +80,85 @@ def default_path(shared: dict[str, Any]) -> Path:
 
 
 class Writer:
-    """Appends records to a file, each at once, and keeps them for the table."""
+    """Appends the records of each case to a file, and knows which cases the file holds already.
+
+    Raises:
+        BadResults: the file holds something else than results of this commit on this machine.
+    """
 
     def __init__(self, path: Path, shared: dict[str, Any]) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
         self._shared = shared
+        # Of each case, the run that measured it last, and whether that measured every rival in every round.
+        self._measured: dict[tuple[Any, ...], tuple[str, bool]] = {}
+        for number, record in parse(path) if path.exists() else ():
+            for field in ("commit", "dirty", "device", "versions"):
+                if record[field] != shared[field]:
+                    raise BadResults(
+                        f"{path}, line {number}: holds results of another {field}, {record[field]!r}; this run's is "
+                        f"{shared[field]!r}: give another --out"
+                    )
+            self._note(record)
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, row: dict[str, Any]) -> None:
-        record = self._shared | {"time": _now()} | row
-        self.records.append(record)
+    def has(self, case: Case) -> bool:
+        """Whether the case was measured, every rival in every round."""
+        return self._measured.get(key(dataclasses.asdict(case)), ("", False))[1]
+
+    def write(self, case: Case, rank: int, rows: list[dict[str, Any]]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            for row in rows:
+                record = self._shared | {"time": _now(), "rank": rank, "case": dataclasses.asdict(case)} | row
+                file.write(json.dumps(record) + "\n")
+                self._note(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        case, run = key(record["case"]), record["run"]
+        last, complete = self._measured.get(case, (run, True))
+        self._measured[case] = (run, record["complete"] and (complete or run != last))
 
 
-def print_tables(shared: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Every record under its case, then one line per case: what a long log shows last."""
-    if shared["device"]["type"] == "cpu":
-        print("CPU rehearsal, not a measurement of the kernels")
-    versions = ", ".join(f"{name} {version}" for name, version in shared["versions"].items() if version)
-    print(f"{shared['device']['name']}, {versions}, commit {shared['commit'][:8]}")
-    by_case: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        if record["case"]["op"] in ("matmul", "copy"):
-            rate = f"{record['tflops']:.1f} TFLOP/s" if "tflops" in record else f"{record['tb_per_s']:.2f} TB/s"
-            print(f"ceiling, {record['case']['op']}: {rate}")
-        else:
-            by_case.setdefault(_describe(record["case"]), []).append(record)
-    if not by_case:
-        print("nothing was measured")
-        return
-    for case, rows in by_case.items():
-        print(f"\n{case}")
-        print(
-            f"  {'':<44}{'GPU us':>9} {'p20..p80':>15}{'wall us':>9}  {'x eager':<21}{'x F.linear':<21}{'TFLOP/s':>7}"
-        )
-        for row in rows:
-            print(f"  {_row(row)}")
-    print("\ntimes in us (GPU, else wall) and as multiples of F.linear's speed; best: the fastest candidate")
-    for case, rows in by_case.items():
-        print(f"  {case:<58}{_line(rows)}")
+def key(case: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a recorded case from the others."""
+    return tuple(case.values())
 
 
-def _row(row: dict[str, Any]) -> str:
-    label = row["implementation"] + (f": {row['config']}" if row["config"] else "")
-    gpu, wall = row["gpu"], row["wall"]
-    if not wall:
-        return f"{label:<48}{row['error'] or 'out of time'}"
-    main = gpu or wall
-    spread = f"{main['p20_us']:.2f}..{main['p80_us']:.2f}"
-    ratios = (main["ratio_to"].get(name) for name in ("eager", "F.linear"))
-    cells = [f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" if r else "" for r in ratios]
-    gpu_us = f"{gpu['median_us']:.2f}" if gpu else "-"
-    times = f"{gpu_us:>9} {spread:>15}{wall['median_us']:>9.2f}"
-    return f"{label:<48}{times}  {cells[0]:<21}{cells[1]:<21}{row['tflops']:>7.1f}"
+def parse(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The records of a file of JSON lines, each with the number of its line.
+
+    Raises:
+        BadResults: a line is no record of this version, or cut off; the message names it.
+        OSError: the file cannot be read.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise BadResults(f"{path}, line {number}: not JSON, or cut off ({error})") from None
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise BadResults(f"{path}, line {number}: not a record of schema version {SCHEMA}")
+        missing = FIELDS - record.keys()
+        if missing:
+            raise BadResults(f"{path}, line {number}: a record without {', '.join(sorted(missing))}")
+        records.append((number, record))
+    return records
 
 
-def _line(rows: list[dict[str, Any]]) -> str:
-    timed = [row for row in rows if row["wall"]]
-    candidates = [row for row in timed if row["implementation"] == "candidate"]
-    chosen = [row for row in timed if row["implementation"] in ("ours", "eager", "F.linear", "torch.compile")]
-    best = sorted(candidates, key=lambda row: (row["gpu"] or row["wall"])["median_us"])[:1]
-    cells = []
-    for name, row in [(row["implementation"], row) for row in chosen] + [(f"best {r['config']}", r) for r in best]:
-        figures = row["gpu"] or row["wall"]
-        linear = figures["ratio_to"].get("F.linear")
-        cells.append(f"{name} {figures['median_us']:.2f}" + (f" ({linear['median']:.3f})" if linear else ""))
-    return ", ".join(cells)
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, each validated against ``schema.json``; raises as ``parse`` does."""
+    import jsonschema
 
-
-def _describe(case: dict[str, Any]) -> str:
-    keys = " ".join(f"{key}={case[key]}" for key in ("M", "K", "N"))
-    return f"{case['op']} {case['model']} {keys} {case['activation']} ({case['rivals']})"
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+    records = []
+    for number, record in parse(path):
+        problem = jsonschema.exceptions.best_match(validator.iter_errors(record))
+        if problem is not None:
+            raise BadResults(f"{path}, line {number}: {problem.json_path.removeprefix('$.')}: {problem.message}")
+        records.append(record)
+    return records
 
 
 def _now() -> str:

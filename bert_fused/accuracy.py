@@ -25,7 +25,7 @@ def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias:
     """
     sweep_x, sweep_weight = torch.zeros_like(x), torch.zeros_like(weight)
     sweep_x[..., 0] = 1
-    sweep_weight[:, 0] = torch.linspace(-6, 6, len(weight))
+    sweep_weight[:, 0] = torch.linspace(-6, 6, len(weight)).bfloat16()
     _, _, outside = _errors(function, activation, sweep_x, sweep_weight, torch.zeros_like(bias))
     if outside:
         raise ValueError(f"wrong result: not {activation}, {outside} elements of a sweep are outside the bound")

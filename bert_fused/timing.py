@@ -6,7 +6,6 @@ turns in shuffled rounds, because a GPU's clock drifts by more than the differen
 ratio of two samples of one round.
 """
 
-import functools
 import math
 import random
 import time
@@ -21,6 +20,8 @@ Sampler = Callable[[], float]  # takes one sample: microseconds per call
 
 MIN_CALLS = 20
 MAX_BUFFERS = 384
+# At about 1 GHz or more, so at most this long: more than the host needs to enqueue a call.
+BACKLOG_SECONDS_PER_CALL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ def buffer_count(bytes_read: int, cache_bytes: int) -> int:
     return min(MAX_BUFFERS, max(4, math.ceil(2 * cache_bytes / bytes_read)))
 
 
-def rotated(function: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> list[Call]:
-    """At least ``MIN_CALLS`` calls of ``function``, as often with each set of arguments."""
-    calls: list[Call] = [functools.partial(function, *args) for args in buffers]
-    return calls * math.ceil(MIN_CALLS / len(buffers))
+def repeated(calls: Sequence[Call], minimum: int = MIN_CALLS) -> list[Call]:
+    """The calls, each as often as the others, so often that there are at least ``minimum``."""
+    return list(calls) * math.ceil(minimum / len(calls))
 
 
 def graph_sampler(calls: Sequence[Call]) -> Sampler:
@@ -90,6 +90,26 @@ def graph_sampler(calls: Sequence[Call]) -> Sampler:
         graph.replay()
         start.record()
         graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(start.elapsed_time(end)) / len(calls)
+
+    return sample
+
+
+def event_sampler(calls: Sequence[Call]) -> Sampler:
+    """For calls that cannot be captured, since they replay graphs of their own or synchronise.
+
+    The GPU sleeps while the host enqueues them; a host that needs longer than that is part of the sample.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = int(BACKLOG_SECONDS_PER_CALL * len(calls) * 1e9)
+
+    def sample() -> float:
+        torch.cuda._sleep(cycles)
+        start.record()
+        for call in calls:
+            call()
         end.record()
         end.synchronize()
         return 1e3 * float(start.elapsed_time(end)) / len(calls)

@@ -1,0 +1,127 @@
+"""What is measured, in order of rank: a budget is spent on the first cases first."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+SUITES = ("modules", "pooler", "models", "training")
+
+# K and N of BertIntermediate; the pooler's N is its K.
+MODELS = {"BERT-base": (768, 3072), "MiniLM": (384, 1536), "BERT-large": (1024, 4096)}
+
+HEADLINE_ROWS = (8192, 512, 2048, 32, 32768)
+OTHER_ROWS = (128, 1, 4096, 16384, 8, 77, 1000, 5003)
+BATCHES = (32, 1, 128, 1024, 2, 4, 8, 16, 64, 256, 512)
+# The second is ragged: its lengths are log-normal.
+MODEL_SHAPES = ((32, 128, False), (32, 128, True), (1, 128, False), (8, 128, False), (256, 128, False))
+MODEL_SHAPES += ((32, 512, False),)
+
+# The shapes of tritonbench's operator inductor_fused_linear_gelu: batch 4 of sequence 2048, N = 4 K.
+TRITONBENCH = tuple((8192, 4 * K, K) for K in (1024, 2048, 4096, 8192))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the report. ``M``, ``N`` and ``K`` are those of ``[M, K] @ [N, K].T``.
+
+    model: whose shape it is. activation: of the module, as ``linear_act`` names it. dtype: a torch dtype, or "tf32" for
+    float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences of a model's
+    batch differ in length. rivals: "standard", or "max-autotune" for the few cases that can afford to compile it.
+    """
+
+    suite: str
+    model: str
+    dtype: str
+    activation: str
+    M: int
+    N: int
+    K: int
+    batch: int | None = None
+    sequence: int | None = None
+    ragged: bool = False
+    rivals: str = "standard"
+
+    def __str__(self) -> str:
+        return describe(dataclasses.asdict(self))
+
+
+def describe(case: dict[str, Any]) -> str:
+    """One line for a case as a record holds it."""
+    shape = f"M={case['M']} K={case['K']} N={case['N']}"
+    if case["batch"] is not None:
+        shape = f"B={case['batch']} S={case['sequence']}" + (" ragged" if case["ragged"] else "")
+    rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
+    return f"{case['suite']} {case['model']} {shape} {case['dtype']} {case['activation']}{rivals}"
+
+
+def cases(suites: tuple[str, ...], device: str, quick: bool) -> list[Case]:
+    """The cases of some suites, each once, most important first."""
+    ranked = _on_cpu(quick) if device == "cpu" else _quick() if quick else _on_gpu()
+    return [case for case in dict.fromkeys(ranked) if case.suite in suites]
+
+
+def _module(model: str, M: int, dtype: str = "bfloat16", activation: str = "gelu", suite: str = "modules") -> Case:
+    K, N = MODELS[model]
+    return Case(suite, model, dtype, activation, M, N, K)
+
+
+def _pooler(model: str, batch: int, sequence: int = 128, dtype: str = "bfloat16") -> Case:
+    K, _ = MODELS[model]
+    return Case("pooler", model, dtype, "tanh", batch, K, K, batch, sequence)
+
+
+def _model(model: str, batch: int, sequence: int, ragged: bool = False, dtype: str = "bfloat16") -> Case:
+    K, N = MODELS[model]
+    return Case("models", model, dtype, "gelu", batch * sequence, N, K, batch, sequence, ragged)
+
+
+def _on_gpu() -> Iterator[Case]:
+    for M, model in product(HEADLINE_ROWS, MODELS):
+        yield _module(model, M)
+    for model in MODELS:
+        yield _pooler(model, 32)
+    for model in MODELS:
+        yield _model(model, 32, 128)
+    costly = [_module(model, 8192) for model in MODELS] + [_module("BERT-base", 512), _pooler("BERT-base", 32)]
+    for case in (*costly, _model("BERT-base", 32, 128)):
+        yield dataclasses.replace(case, rivals="max-autotune")
+
+    for M, model in product((8192, 512, 2048, 32768), MODELS):
+        yield _module(model, M, suite="training")
+    for shape, model in product(MODEL_SHAPES, MODELS):
+        yield _model(model, *shape)
+    for M, model in product(OTHER_ROWS, MODELS):
+        yield _module(model, M)
+    for sequence, batch, model in product((128, 512), BATCHES, MODELS):
+        yield _pooler(model, batch, sequence)
+    for M, N, K in TRITONBENCH:
+        yield Case("modules", "tritonbench", "bfloat16", "gelu", M, N, K)
+    for dtype, shape, model in product(("float16",), MODEL_SHAPES, MODELS):
+        yield _model(model, *shape, dtype=dtype)
+    # From here on whatever time is left: every dtype and activation, in both directions.
+    rows = HEADLINE_ROWS + OTHER_ROWS
+    for suite, dtype, activation, M, model in product(
+        ("modules", "training"), ("bfloat16", "float16", "tf32", "float32"), ("gelu", "gelu_tanh", "relu"), rows, MODELS
+    ):
+        yield _module(model, M, dtype, activation, suite)
+    for dtype, sequence, batch, model in product(("float16", "tf32", "float32"), (128, 512), BATCHES, MODELS):
+        yield _pooler(model, batch, sequence, dtype)
+
+
+def _quick() -> Iterator[Case]:
+    yield from (_module("BERT-base", 8192), _module("BERT-base", 512), _pooler("BERT-base", 32))
+    yield from (_model("MiniLM", 8, 128), _module("BERT-base", 2048, suite="training"))
+
+
+def _on_cpu(quick: bool) -> Iterator[Case]:
+    """A rehearsal: the PyTorch path against eager, at sizes a CPU finishes in moments."""
+    for M in (8, 32) if quick else (8, 32, 77, 128):
+        yield _module("MiniLM", M, "float32")
+    yield _pooler("MiniLM", 8, 16, "float32")
+    yield from (_model("MiniLM", 2, 32, ragged, "float32") for ragged in (False, True))
+    yield _module("MiniLM", 32, "float32", suite="training")
+    if not quick:
+        for activation in ("gelu_tanh", "relu"):
+            yield _module("MiniLM", 32, "float32", activation)

@@ -1,0 +1,198 @@
+"""The suites modules, pooler and training: one linear layer and its activation, and everyone who computes it."""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bert_fused
+from benchmarks.cases import Case
+from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
+from bert_fused import accuracy, reference
+from bert_fused.accuracy import rows_of
+from bert_fused.dispatch import device_reason
+from bert_fused.kernels.configs import get_config
+from bert_fused.timing import Call, buffer_count
+
+# A gradient of ours, in RMS against fp64, may be this many times eager's: docs/design.md.
+GRADIENT_RATIO = 1.05
+
+
+def torch_dtype(case: Case) -> torch.dtype:
+    return torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
+
+
+@contextlib.contextmanager
+def fp32_precision(case: Case) -> Iterator[None]:
+    """torch's setting of how fp32 matrices are multiplied, as the case wants it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def problem(case: Case, device: str) -> Problem:
+    products = 3 if case.suite == "training" else 1  # forward, d_x and d_weight
+    elements = case.M * case.K + case.N * case.K + case.M * case.N
+    return Problem(
+        implementations=rivals(case, device),
+        sets=make_inputs(case, device),
+        check=functools.partial(check_gradients if case.suite == "training" else check, case),
+        flops=2.0 * products * case.M * case.N * case.K,
+        bytes=float(products * torch_dtype(case).itemsize * elements),
+    )
+
+
+def make_inputs(case: Case, device: str) -> list[Inputs]:
+    """Sets of x, weight and bias, and for training of the output's gradient: random, with weights as BERT's."""
+    dtype = torch_dtype(case)
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, device=device, dtype=torch.float32, generator=g)).to(dtype)
+
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+    shape = (case.M, case.sequence, case.K) if case.suite == "pooler" and case.sequence else (case.M, case.K)
+    sets: list[Inputs] = []
+    for _ in range(buffer_count((case.M + case.N) * case.K * dtype.itemsize, cache)):
+        x, weight, bias = normal(*shape), normal(case.N, case.K, scale=0.02), normal(case.N, scale=0.02)
+        if case.suite == "training":
+            inputs = tuple(tensor.requires_grad_() for tensor in (x, weight, bias))
+            sets.append((*inputs, normal(case.M, case.N)))
+        else:
+            sets.append((x, weight, bias))
+    return sets
+
+
+def rivals(case: Case, device: str) -> list[Implementation]:
+    """Functions of x, weight and bias. "eager again" is eager's copy: their ratio is the noise floor."""
+    activation = case.activation
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.linear_act(rows_of(x), weight, bias, activation)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(rows_of(x), weight, bias)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        public = bert_fused.cls_pool if case.suite == "pooler" else bert_fused.linear_act
+        return public(x, weight, bias, activation)
+
+    run = with_backward if case.suite == "training" else lambda function: function
+    found = [
+        Implementation("ours", each(run(ours)), _choice(case, device)),
+        Implementation("eager", each(run(eager))),
+        Implementation("eager again", each(run(eager))),
+        Implementation("F.linear", each(run(linear)), computes="none"),
+    ]
+    if device == "cpu":
+        return found
+    found.append(Implementation("torch.compile", each(run(torch.compile(eager, dynamic=False)))))
+    if case.suite == "training":
+        return found
+    if case.rivals == "max-autotune":
+        tuned = torch.compile(eager, dynamic=False, mode="max-autotune")
+        found.append(Implementation("max-autotune", _static_weights(tuned), graphs=True))
+        ungraphed = torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")
+        found.append(Implementation("max-autotune without graphs", each(ungraphed)))
+    else:
+        found.append(Implementation("eager in a CUDA graph", graphed(eager), graphs=True))
+        found.append(Implementation("ours in a CUDA graph", graphed(ours), graphs=True))
+    return found + _addmm_activation(activation) + _quack(activation)
+
+
+def with_backward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of x, weight, bias and d_out: the output, d_x, d_weight and d_bias."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, d_out: Tensor) -> tuple[Tensor, ...]:
+        out = function(x, weight, bias)
+        return out, *torch.autograd.grad(out, (x, weight, bias), d_out)
+
+    return call
+
+
+def _choice(case: Case, device: str) -> str:
+    """What serves ours, in words."""
+    reason = device_reason(torch.device(device), torch_dtype(case))
+    if reason is not None:
+        return f"PyTorch ({reason})"
+    from bert_fused.kernels.runtime import arch_of
+
+    return str(get_config(case.M, case.N, case.K, case.dtype, arch_of(torch.device(device)), aligned=True))
+
+
+def _addmm_activation(activation: str) -> list[Implementation]:
+    """cuBLASLt's epilogue. Its GELU is the tanh form: another function than BERT's."""
+    if activation not in ("gelu", "gelu_tanh", "relu"):
+        return []
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch._addmm_activation(bias, rows_of(x), weight.t(), use_gelu=activation != "relu")
+
+    return [Implementation("_addmm_activation", each(call), computes="gelu_tanh" if activation == "gelu" else None)]
+
+
+def _quack(activation: str) -> list[Implementation]:
+    """QuACK's fused matrix product, for Hopper and newer, where it is installed."""
+    name = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh_approx", "relu": "relu", "tanh": "tanh"}.get(activation)
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    if name is None or not hopper or importlib.util.find_spec("quack") is None:
+        return []
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        from quack.gemm_interface import gemm_act
+
+        return gemm_act(rows_of(x), weight.t(), bias=bias, activation=name, store_preact=False)[1]
+
+    return [Implementation("QuACK", each(call))]
+
+
+def _static_weights(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
+    """One set of weights for all inputs: each further one would make the compiler record its CUDA graph again."""
+
+    def calls(sets: Sequence[Inputs]) -> list[Call]:
+        weight, bias = sets[0][1:3]
+        for tensor in (weight, bias):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        return [functools.partial(function, inputs[0], weight, bias) for inputs in sets]
+
+    return calls
+
+
+def check(case: Case, rival: Implementation, function: Callable[..., Tensor], inputs: Inputs) -> dict[str, float]:
+    return accuracy.check(function, rival.computes or case.activation, *inputs)
+
+
+def check_gradients(
+    case: Case, rival: Implementation, function: Callable[..., tuple[Tensor, ...]], inputs: Inputs
+) -> dict[str, float]:
+    """The output as in ``check``, and each gradient's RMS error against eager's."""
+    activation = rival.computes or case.activation
+    x, weight, bias, d_out = inputs
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return function(*(tensor.detach().requires_grad_() for tensor in inputs), d_out)[0].detach()
+
+    errors = accuracy.check(forward, activation, x.detach(), weight.detach(), bias.detach())
+    eager = with_backward(lambda x, weight, bias: reference.linear_act(x, weight, bias, activation))
+    exact = eager(*(tensor.detach().double().requires_grad_(i < 3) for i, tensor in enumerate(inputs)))
+    results, of_eager = function(*inputs), eager(*inputs)
+    for name, index in (("d_x", 1), ("d_weight", 2), ("d_bias", 3)):
+        errors[f"{name}_rms"], bar = (_rms(of[index], exact[index]) for of in (results, of_eager))
+        # fp32 errors are small enough for a different order of the same sums to make a difference.
+        floor = 1e-6 * exact[index].square().mean().sqrt().item()
+        if not errors[f"{name}_rms"] <= max(GRADIENT_RATIO * bar, floor):
+            raise ValueError(f"wrong result: RMS error of {name} {errors[f'{name}_rms']:.3g}, eager's {bar:.3g}")
+    return errors
+
+
+def _rms(result: Tensor, exact: Tensor) -> float:
+    return (result.double() - exact).square().mean().sqrt().item()

@@ -1,0 +1,171 @@
+"""The suite models: Hugging Face's encoders with random weights, from token ids to hidden states and pooled output."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bert_fused
+from benchmarks.cases import Case
+from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
+from benchmarks.linear import torch_dtype
+
+LAYERS_AND_HEADS = {"BERT-base": (12, 12), "BERT-large": (24, 16), "MiniLM": (6, 12)}
+SETS = 4
+# Lengths of a ragged batch, as shares of its longest: the median and the sigma of their logarithm.
+RAGGED_MEDIAN, RAGGED_SIGMA = 0.35, 0.7
+
+# The rounding errors of a whole model are chaotic: one element may be worse than eager's, their RMS may not.
+RMS_RATIO = 1.05
+
+Runner = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def eager(model: nn.Module) -> Runner:
+    def run(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        outputs = model(ids, attention_mask=mask)
+        return outputs.last_hidden_state, outputs.pooler_output
+
+    return run
+
+
+def ours(model: nn.Module) -> Runner:
+    return eager(fused_copy(model))
+
+
+def fused_copy(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    bert_fused.fuse(model)
+    return model
+
+
+# Of each implementation, how it is made from a model. "eager again" is eager's copy: their ratio is the noise floor.
+BUILDERS: dict[str, Callable[[nn.Module], Runner]] = {"ours": ours, "eager": eager, "eager again": eager}
+COMPILED: dict[str, Callable[[nn.Module], Runner]] = {
+    "torch.compile": lambda model: eager(torch.compile(model, dynamic=False)),
+    "ours and torch.compile": lambda model: eager(torch.compile(fused_copy(model), dynamic=False)),
+}
+GRAPHED = {"eager in a CUDA graph": eager, "ours in a CUDA graph": ours}
+TUNED: dict[str, Callable[[nn.Module], Runner]] = {
+    "max-autotune": lambda model: eager(torch.compile(model, dynamic=False, mode="max-autotune")),
+}
+
+
+def problem(case: Case, device: str) -> Problem:
+    model = make_model(case, device)
+    sets = make_inputs(case, device)
+    reference = functools.cache(lambda: _reference(model, sets[0]))
+
+    def check(rival: Implementation, function: Runner, inputs: Inputs) -> dict[str, float]:
+        revealed = check_function(rival.name, case.dtype, device)
+        return {**_compare(function(*inputs), inputs[1], *reference()), "activation_rms_ratio": revealed}
+
+    found = [Implementation(name, each(build(model))) for name, build in BUILDERS.items()]
+    if device == "cuda":
+        found += [Implementation(name, each(build(model))) for name, build in COMPILED.items()]
+        if case.rivals == "max-autotune":
+            found += [Implementation(name, each(build(model)), graphs=True) for name, build in TUNED.items()]
+        else:
+            found += [Implementation(name, graphed(build(model), 2), graphs=True) for name, build in GRAPHED.items()]
+    lengths = [float(mask.sum()) if mask is not None else float(ids.numel()) for ids, mask in sets]
+    tokens = sum(lengths) / len(lengths)
+    weights = sum(parameter.numel() for parameter in model.encoder.parameters())
+    return Problem(
+        found,
+        sets,
+        check,
+        flops=2.0 * tokens * weights,
+        bytes=float(weights * torch_dtype(case).itemsize),
+        min_calls=1,
+        fill=tokens / case.M,
+    )
+
+
+def make_model(case: Case, device: str) -> Any:
+    layers, heads = LAYERS_AND_HEADS[case.model]
+    return _bert(case.K, case.N, layers, heads, torch_dtype(case), device)
+
+
+def _bert(hidden: int, intermediate: int, layers: int, heads: int, dtype: torch.dtype, device: str) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertModel(config).eval().requires_grad_(False).to(device, dtype)
+
+
+def make_inputs(case: Case, device: str) -> list[Inputs]:
+    """Sets of token ids and attention mask. Without padding there is no mask, so that eager attends at its fastest."""
+    assert case.batch is not None
+    assert case.sequence is not None
+    g = torch.Generator().manual_seed(0)
+    sets: list[Inputs] = []
+    for _ in range(SETS):
+        ids = torch.randint(1000, 30000, (case.batch, case.sequence), generator=g)
+        mask = None
+        if case.ragged:
+            share = RAGGED_MEDIAN * (RAGGED_SIGMA * torch.randn(case.batch, generator=g)).exp()
+            lengths = (share * case.sequence).round().clamp(2, case.sequence)
+            lengths[0] = case.sequence
+            mask = (torch.arange(case.sequence) < lengths[:, None]).long()
+            ids, mask = (ids * mask).to(device), mask.to(device)
+        sets.append((ids.to(device), mask))
+    return sets
+
+
+def _reference(model: Any, inputs: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The model's outputs in fp64, and eager's."""
+    return eager(copy.deepcopy(model).double())(*inputs), eager(model)(*inputs)
+
+
+def _compare(
+    results: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    exact: tuple[Tensor, Tensor],
+    of_eager: tuple[Tensor, Tensor],
+) -> dict[str, float]:
+    """RMS errors at real tokens; raises ValueError where they exceed eager's."""
+    errors = {}
+    for name, result, truth, bar in zip(("hidden", "pooled"), results, exact, of_eager, strict=True):
+        real = mask.bool() if mask is not None and name == "hidden" else ...
+        mine, eagers = (_rms(of[real], truth[real]) for of in (result, bar))
+        errors |= {f"{name}_rms": mine, f"eager_{name}_rms": eagers}
+        # fp32 errors are small enough for a different order of the same sums to make a difference.
+        if not mine <= max(RMS_RATIO * eagers, 1e-6):
+            raise ValueError(f"wrong result: RMS error of the {name} output {mine:.3g}, eager's {eagers:.3g}")
+    return errors
+
+
+@functools.cache
+def check_function(name: str, dtype: str, device: str) -> float:
+    """RMS error over eager's on one layer that shows its activation; raises ValueError where that is another one.
+
+    In a random model the difference of erf and tanh GELU drowns in rounding. Here the layer's intermediate values are
+    spread over GELU's negative tail and magnified a hundredfold on their way to the output.
+    """
+    hidden = 64
+    case = Case("models", "reveal", dtype, "gelu", 64, 4 * hidden, hidden, 4, 16)
+    model = _bert(hidden, 4 * hidden, 1, 4, torch_dtype(case), device)
+    layer = model.encoder.layer[0]
+    layer.intermediate.dense.weight.zero_()
+    layer.intermediate.dense.bias.copy_(torch.linspace(-4, -2, 4 * hidden))
+    layer.output.dense.weight.copy_(100 * torch.eye(hidden).repeat_interleave(4, 1) / 4)
+    (inputs, *_) = make_inputs(case, device)
+    build = (BUILDERS | COMPILED | GRAPHED | TUNED)[name]
+    result, exact, of_eager = (
+        run(*inputs)[0] for run in (build(model), eager(copy.deepcopy(model).double()), eager(model))
+    )
+    mine, bar = _rms(result, exact), _rms(of_eager, exact)
+    if not mine <= max(RMS_RATIO * bar, 1e-6):
+        raise ValueError(f"wrong result: not gelu, RMS error {mine:.3g} where it shows, eager's {bar:.3g}")
+    return mine / bar
+
+
+def _rms(result: Tensor, exact: Tensor) -> float:
+    return (result.double() - exact.double()).square().mean().sqrt().item()

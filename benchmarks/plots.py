@@ -1,0 +1,173 @@
+"""The report's pictures, as SVG: speed-up over M, share of the roofline, and ours against each rival."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.results import (
+    OURS,
+    Group,
+    against_ours,
+    by_shape,
+    case_of,
+    is_slower,
+    rivals,
+    same_function,
+    share,
+    speedup,
+)
+from bert_fused.timing import Ratio
+
+LOST = "#c62828"
+COLOURS = {
+    "ours": "#1565c0",
+    "eager": "#616161",
+    "F.linear": "#9e9e9e",
+    "torch.compile": "#ef6c00",
+    "max-autotune": "#6a1b9a",
+}
+MAX_ROWS = 40
+
+
+def draw(groups: list[Group], out: Path) -> list[tuple[str, Path]]:
+    """Write what the results have data for, as SVG; title and file of each picture."""
+    pictures = []
+    modules = _most_measured([group for group in groups if case_of(group)["suite"] == "modules"])
+    if modules:
+        path = _over_rows(modules, out / "speedup.svg", "speed-up over eager", _speedup_over_eager, 1.0)
+        pictures.append(("Speed-up over eager", path))
+        path = _over_rows(modules, out / "roofline.svg", "share of the roofline's speed", _share, None)
+        pictures.append(("Share of the roofline", path))
+    for suite in dict.fromkeys(case_of(group)["suite"] for group in groups):
+        of_suite = [group for group in groups if case_of(group)["suite"] == suite]
+        pictures += _against_rivals(by_shape(of_suite[:MAX_ROWS]), suite, out / f"rivals-{suite}.svg")
+    return pictures
+
+
+def _most_measured(groups: list[Group]) -> list[Group]:
+    """Those of the dtype and activation that most of them have."""
+
+    def kind(group: Group) -> tuple[str, str]:
+        return case_of(group)["dtype"], case_of(group)["activation"]
+
+    kinds = [kind(group) for group in groups]
+    return [group for group in groups if kind(group) == max(kinds, key=kinds.count)]
+
+
+def _speedup_over_eager(group: Group, name: str) -> Ratio | None:
+    return speedup(group, "eager", over=name)
+
+
+def _share(group: Group, name: str) -> Ratio | None:
+    reached = share(group[name]) if name in group and (group[name]["gpu"] or group[name]["wall"]) else None
+    return Ratio(reached, reached, reached) if reached is not None else None
+
+
+def _over_rows(
+    groups: list[Group],
+    path: Path,
+    label: str,
+    value: Callable[[Group, str], Ratio | None],
+    reference: float | None,
+) -> Path:
+    """A panel for each model, a line for each implementation, M on the horizontal axis."""
+    models = list(dict.fromkeys(case_of(group)["model"] for group in groups))
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(1.5 + 3.6 * len(models), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, model in zip(panels[0], models, strict=True):
+        of_model = [group for group in groups if case_of(group)["model"] == model]
+        for name, colour in COLOURS.items():
+            points = {case_of(group)["M"]: found for group in of_model if (found := value(group, name))}
+            if not points or (reference is not None and name == "eager"):
+                continue
+            rows = sorted(points)
+            middle = [points[M].median for M in rows]
+            panel.plot(rows, middle, color=colour, label=name, linewidth=2 if name == OURS else 1.2, marker="o", ms=4)
+            panel.fill_between(
+                rows, [points[M].low for M in rows], [points[M].high for M in rows], color=colour, alpha=0.15, lw=0
+            )
+            if name == OURS and reference is not None:
+                lost = [M for M in rows if is_slower(points[M])]
+                panel.plot(lost, [points[M].median for M in lost], "o", color=LOST, ms=7, zorder=3)
+        if reference is not None:
+            panel.axhline(reference, color=COLOURS["eager"], linewidth=1, linestyle="--")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda M, _: f"{M:.0f}"))
+        panel.tick_params(axis="x", rotation=45)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.25)
+        case = case_of(of_model[0])
+        panel.set_title(f"{model}  {case['K']}→{case['N']}", fontsize=10)
+        panel.set_xlabel("rows M")
+    panels[0][0].set_ylabel(label)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    case = case_of(groups[0])
+    figure.suptitle(f"{_machine(groups)}: linear + {case['activation']}, {case['dtype']}, forward", fontsize=11)
+    return _save(figure, path)
+
+
+def _against_rivals(groups: list[Group], suite: str, path: Path) -> list[tuple[str, Path]]:
+    """A panel for each rival, a row for each case: the rival's time over ours.
+
+    Red where ours is slower, grey where the rival computes another function.
+    """
+    found = {
+        name: {i: r for i, group in enumerate(groups) if (r := against_ours(group, name))} for name in rivals(groups)
+    }
+    found = {name: of_rival for name, of_rival in found.items() if of_rival}
+    rows = [i for i in range(len(groups)) if any(i in of_rival for of_rival in found.values())]
+    if not rows:
+        return []
+    figure, panels = plt.subplots(
+        1,
+        len(found),
+        figsize=(3.2 + 2.1 * len(found), 1.3 + 0.24 * len(rows)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, (name, of_rival) in zip(panels[0], found.items(), strict=True):
+        for y, i in enumerate(rows):
+            if i in of_rival:
+                r = of_rival[i]
+                other = not same_function(groups[i][name])
+                colour = COLOURS["F.linear"] if other else LOST if is_slower(r) else COLOURS[OURS]
+                panel.plot([r.low, r.high], [y, y], color=colour, linewidth=1.5)
+                panel.plot([r.median], [y], "o", color=colour, ms=4)
+        panel.axvline(1, color=COLOURS["eager"], linewidth=1, linestyle="--")
+        panel.set_title(name, fontsize=8)
+        panel.grid(axis="x", alpha=0.25)
+        panel.tick_params(labelsize=8)
+    panels[0][0].set_yticks(range(len(rows)), [_label(groups[i]) for i in rows], fontsize=8)
+    panels[0][0].invert_yaxis()
+    figure.suptitle(f"{_machine(groups)}: {suite}, time over ours (right of 1: ours is faster)", fontsize=10)
+    return [(f"Ours against each rival, {suite}", _save(figure, path))]
+
+
+def _label(group: Group) -> str:
+    case = case_of(group)
+    shape = f"M={case['M']}" if case["batch"] is None else f"B={case['batch']} S={case['sequence']}"
+    kind = "" if case["suite"] in ("models", "pooler") else f" {case['activation']}"
+    rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
+    return f"{case['model']} {shape}{' ragged' if case['ragged'] else ''} {case['dtype']}{kind}{rivals}"
+
+
+def _machine(groups: list[Group]) -> str:
+    device = next(iter(groups[0].values()))["device"]
+    name = str(device["name"])
+    return name if device["type"] == "cuda" else f"CPU rehearsal ({name})"
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path)
+    plt.close(figure)
+    return path

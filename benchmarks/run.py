@@ -1,0 +1,116 @@
+"""Ours and every rival on BERT's shapes, interleaved in one process, each checked against fp64 before it is timed.
+
+Cases are taken in order of rank until the budget is spent. Each case is written as soon as it is measured; the same
+command with the same --out goes on where it stopped.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import ceilings, linear, models
+from benchmarks.cases import SUITES, Case, cases
+from benchmarks.comparison import measure
+from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks run", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, help="only this suite (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few shapes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="stop after this long")
+    parser.add_argument("--rounds", type=int, default=30, help="samples of each implementation (default: 30)")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where records go, and where to go on from")
+    parser.add_argument("--commit", help="what is measured, where there is no git; may end in -dirty")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu rehearses the run")
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    shared = environment(arguments.device, arguments.commit)
+    try:
+        writer = Writer(arguments.out or default_path(shared), shared)
+    except (BadResults, OSError) as error:
+        print(f"python -m benchmarks run: {error}", file=sys.stderr)
+        return 2
+    suites = (arguments.suite,) if arguments.suite else SUITES
+    return _run(cases(suites, arguments.device, arguments.quick), writer, arguments)
+
+
+def _run(todo: list[Case], writer: Writer, arguments: argparse.Namespace) -> int:
+    """1 if ours failed somewhere, else 0."""
+    start = time.monotonic()
+    deadline = start + arguments.budget
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    longest: dict[tuple[str, str], float] = {}
+    failed = False
+    with Progress(*columns, TextColumn("{task.fields[left]} of the budget left"), console=console) as progress:
+        task = progress.add_task("", total=len(todo), left="")
+        for rank, case in enumerate(todo, 1):
+            left = deadline - time.monotonic()
+            progress.update(task, description=str(case), left=f"{max(left, 0):.0f} s")
+            kind = (case.suite, case.rivals)
+            if writer.has(case):
+                progress.advance(task)
+                continue
+            if left < longest.get(kind, 0.0) or left <= 0:
+                # A smaller case of another kind may still fit.
+                continue
+            begin = time.monotonic()
+            try:
+                rows = _measure(case, arguments, deadline)
+            except Exception as error:  # out of memory, say: what comes next may still fit
+                console.print(f"{case}: {type(error).__name__}: {error}", markup=False, highlight=False)
+                failed = True
+                continue
+            longest[kind] = max(longest.get(kind, 0.0), time.monotonic() - begin)
+            failed |= any(row["implementation"] == "ours" and row["error"] not in (None, "out of time") for row in rows)
+            writer.write(case, rank, rows)
+            progress.advance(task)
+            console.print(_line(case, rows), markup=False, highlight=False, soft_wrap=True)
+    done = sum(writer.has(case) for case in todo)
+    console.print(f"{done} of {len(todo)} cases in {writer.path}, {time.monotonic() - start:.0f} s", highlight=False)
+    return int(failed)
+
+
+def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    device = arguments.device
+    make = models.problem if case.suite == "models" else linear.problem
+    # Dynamo gives up on a function after eight shapes, and says so only in its log.
+    torch.compiler.reset()
+    try:
+        with linear.fp32_precision(case), torch.set_grad_enabled(case.suite == "training"):
+            problem = make(case, device)
+            before = gpu_state(device)
+            rows = measure(problem, device=device, rounds=arguments.rounds, deadline=deadline)
+            shared = {
+                "fill": problem.fill,
+                "roofline_us": ceilings.roofline_us(device, case.dtype, problem.flops, problem.bytes),
+                "ceilings": {
+                    "matmul_tflops": ceilings.matmul_tflops(device, case.dtype),
+                    "copy_tb_per_s": ceilings.copy_tb_per_s(device),
+                },
+                "gpu_state": {"before": before, "after": gpu_state(device)} if device == "cuda" else None,
+            }
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return [shared | row for row in rows]
+
+
+def _line(case: Case, rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for row in rows:
+        timed = row["gpu"] or row["wall"]
+        cells.append(f"{row['implementation']} " + (f"{timed['median_us']:.1f}" if timed else f"({row['error']})"))
+    return f"{case}: {', '.join(cells)} us"
