@@ -4,23 +4,27 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(PY) -m bert_fused demo $(ARGS)
 
 test: $(VENV)/.test
-	$(PYTEST) -n auto --maxprocesses 4 $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
+	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# For a machine with an NVIDIA GPU, torch and Triton of its own; installs nothing. See CONTRIBUTING.md.
+# For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
 gpu:
-	sh benchmarks/gpu.sh $(PYTHON)
+	sh benchmarks/gpu.sh test $(PYTHON)
+
+gpu-bench:
+	sh benchmarks/gpu.sh bench $(PYTHON)
 
 clean:
 	rm -rf $(VENV)

@@ -120,7 +120,7 @@ def _on_cpu(quick: bool) -> Iterator[Case]:
     for M in (8, 32) if quick else (8, 32, 77, 128):
         yield _module("MiniLM", M, "float32")
     yield _pooler("MiniLM", 8, 16, "float32")
-    yield from (_model("MiniLM", 2, 32, ragged, "float32") for ragged in (False, True))
+    yield from (_model("MiniLM", 2, 16, ragged, "float32") for ragged in (False, True))
     yield _module("MiniLM", 32, "float32", suite="training")
     if not quick:
         for activation in ("gelu_tanh", "relu"):

@@ -147,12 +147,18 @@ def _prepare(problem: Problem, rival: Implementation, device: str, synchronize: 
         synchronize()
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
 
+    row["accuracy"] = checked(problem, rival)
+    return row
+
+
+def checked(problem: Problem, rival: Implementation) -> dict[str, float]:
+    """A rival's errors; raises ValueError if they are too large."""
+
     def once(*inputs: Any) -> Any:
         (call,) = rival.calls([inputs])
         return call()
 
-    row["accuracy"] = problem.check(rival, once, problem.sets[0])
-    return row
+    return problem.check(rival, once, problem.sets[0])
 
 
 def _gpu_sampler(calls: Sequence[Call], rival: Implementation) -> tuple[Sampler, str]:

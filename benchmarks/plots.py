@@ -79,7 +79,12 @@ def _over_rows(
     """A panel for each model, a line for each implementation, M on the horizontal axis."""
     models = list(dict.fromkeys(case_of(group)["model"] for group in groups))
     figure, panels = plt.subplots(
-        1, len(models), figsize=(1.5 + 3.6 * len(models), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(models),
+        figsize=(max(6.5, 1.5 + 3.6 * len(models)), 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for panel, model in zip(panels[0], models, strict=True):
         of_model = [group for group in groups if case_of(group)["model"] == model]
@@ -129,7 +134,7 @@ def _against_rivals(groups: list[Group], suite: str, path: Path) -> list[tuple[s
     figure, panels = plt.subplots(
         1,
         len(found),
-        figsize=(3.2 + 2.1 * len(found), 1.3 + 0.24 * len(rows)),
+        figsize=(max(6.5, 3.2 + 2.1 * len(found)), 1.5 + 0.24 * len(rows)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -149,7 +154,8 @@ def _against_rivals(groups: list[Group], suite: str, path: Path) -> list[tuple[s
         panel.tick_params(labelsize=8)
     panels[0][0].set_yticks(range(len(rows)), [_label(groups[i]) for i in rows], fontsize=8)
     panels[0][0].invert_yaxis()
-    figure.suptitle(f"{_machine(groups)}: {suite}, time over ours (right of 1: ours is faster)", fontsize=10)
+    title = f"{_machine(groups)}: {suite}, each rival's time over ours"
+    figure.suptitle(f"{title}\nred: ours is slower, grey: the rival computes another function", fontsize=9)
     return [(f"Ours against each rival, {suite}", _save(figure, path))]
 
 

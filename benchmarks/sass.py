@@ -1,13 +1,14 @@
 """What the compiler makes of every shipped configuration: registers, spills, shared memory, matrix instructions.
 
-Needs no GPU: Triton compiles for an architecture by name, and the disassembler it bundles reads the result. Run with
-``python -m benchmarks sass``. This proves nothing about results or speed.
+Needs no GPU: Triton compiles for an architecture by name, and the disassembler it bundles reads the result. The times
+are modelled and prove nothing about speed. Exits with 1 if a budget of docs/design.md is broken.
 """
 
 import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +18,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import estimate
 from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.configs import SHARED_MEMORY, Config, shipped_configs
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, load_table, shipped_configs
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 REGISTERS_PER_SM = 65536
 # Bytes of shared memory that the system takes from an SM's for each block on it.
 RESERVED = 1024
+# Blocks an SM holds at a time, where the speed of a configuration rests on it.
+RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
+# BERT-base: the shape whose time is modelled for configurations that serve any N and K, and for the passes.
+N, K = 3072, 768
+PASS_ROWS = 8192
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
@@ -152,35 +159,92 @@ def _tool(name: str, *arguments: str) -> str:
 def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
     """A row per kernel, configuration and activation that an architecture can select, the pre-activation stored."""
     for config in shipped_configs(arch):
+        shape = shape_served(config, arch)
+        itemsize = 4 if config.dtype == "tf32" else 2
         for activation in activations_to_check(config.dtype):
             compiled = compile_linear(config, arch, activation=activation)
             stats = inspect(compiled, arch, config.num_warps, config.block_m * config.block_n)
             row = {"kernel": "linear_act_fwd", "arch": arch, "dtype": config.dtype, "config": str(config)}
-            yield row | {"activation": activation} | stats
+            row |= {"activation": activation, **stats, "shape": "x".join(map(str, shape))}
+            M, N, K = shape
+            moved = estimate.bytes_moved(M, N, K, itemsize) + itemsize * M * N  # the pre-activation
+            yield row | {
+                "modelled_us": round(
+                    estimate.linear_us(
+                        arch,
+                        shape,
+                        (config.block_m, config.block_n),
+                        config.dtype,
+                        moved,
+                        stats["ctas_per_sm"],
+                        stats["epilogue_per_element"] or 0.0,
+                    ),
+                    1,
+                ),
+                "roofline_us": round(estimate.roofline_us(arch, 2.0 * M * N * K, moved, config.dtype), 1),
+            }
     for dtype in ("float16", "bfloat16", "float32"):
         for activation in activations_to_check(dtype):
-            for kernel, compiled, tile in (
-                ("act_fwd", compile_pass(dtype, arch, activation=activation), act_pass.BLOCK),
-                ("act_bwd", compile_grad(dtype, arch, activation=activation), act_grad.BLOCK_M * act_grad.BLOCK_N),
+            for kernel, compiled, tile, passes in (
+                ("act_fwd", compile_pass(dtype, arch, activation=activation), act_pass.BLOCK, 2),
+                ("act_bwd", compile_grad(dtype, arch, activation=activation), act_grad.BLOCK_M * act_grad.BLOCK_N, 3),
             ):
                 stats = inspect(compiled, arch, compiled.metadata.num_warps, tile)
+                moved = float(passes * PASS_ROWS * N * (4 if dtype == "float32" else 2))
                 row = {"kernel": kernel, "arch": arch, "dtype": dtype, "config": "", "activation": activation}
-                yield row | stats
+                row |= {**stats, "shape": f"{PASS_ROWS}x{N}"}
+                yield row | {
+                    "modelled_us": round(estimate.pass_us(arch, moved), 1),
+                    "roofline_us": round(estimate.roofline_us(arch, 0.0, moved, dtype), 1),
+                }
+
+
+def shape_served(config: Config, arch: int) -> tuple[int, int, int]:
+    """M, N and K of the largest product that an architecture's table gives to a configuration."""
+    served = [(entry.m, entry.n or N, entry.k or K) for entry in load_table(arch) if entry.config == config]
+    served += [(M, N, K) for M in (1, 4096) if get_config(M, N, K, config.dtype, arch, aligned=True) == config]
+    return max(served)
+
+
+def broken_budgets(row: dict[str, Any]) -> list[str]:
+    """What of docs/design.md a row breaks, in words."""
+    broken = []
+    if row["spills"]:
+        broken.append(f"{row['spills']} spills")
+    if row["shared_bytes"] > SHARED_MEMORY[row["arch"]]:
+        broken.append(f"{row['shared_bytes']} bytes of shared memory, a block has {SHARED_MEMORY[row['arch']]}")
+    if row["kernel"] == "linear_act_fwd":
+        if not row["mma_instructions"]:
+            broken.append("no matrix instruction")
+        resident = RESIDENT_BLOCKS.get((row["arch"], row["config"]), 1)
+        if row["ctas_per_sm"] < resident:
+            broken.append(f"{row['ctas_per_sm']} blocks per SM instead of {resident}")
+    return broken
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__)
     parser.add_argument("--arch", default="80,89,90,100", help="compute capabilities, separated by commas")
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file as well")
     arguments = parser.parse_args(argv)
+    try:
+        archs = [int(name) for name in arguments.arch.split(",")]
+    except ValueError:
+        archs = []
+    if not archs or set(archs) - estimate.CARDS.keys():
+        parser.error(f"--arch: expected some of {', '.join(map(str, estimate.CARDS))}, got {arguments.arch!r}")
     rows = []
     columns = ("kernel", "arch", "dtype", "config", "activation", "registers", "spills", "shared_bytes", "ctas_per_sm")
-    columns += ("mma_instructions", "epilogue_per_element")
+    columns += ("mma_instructions", "epilogue_per_element", "shape", "modelled_us", "roofline_us")
     print(" | ".join(columns))
-    for arch in (int(name) for name in arguments.arch.split(",")):
+    for arch in archs:
         for row in inspect_arch(arch):
             rows.append(row)
             print(" | ".join(str(row[column]) for column in columns), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
-    return 1 if any(row["spills"] for row in rows) else 0
+    broken = [(row, reason) for row in rows for reason in broken_budgets(row)]
+    for row, reason in broken:
+        names = " ".join(str(row[column]) for column in ("kernel", "arch", "dtype", "config", "activation"))
+        print(f"budget broken: {names}: {reason}", file=sys.stderr)
+    return int(bool(broken))

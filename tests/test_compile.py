@@ -13,18 +13,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks import estimate
+from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets
 from bert_fused.kernels.configs import SHARED_MEMORY, shipped_configs
 
 ROOT = Path(__file__).parent.parent
-
-# Blocks an SM holds at a time, where the speed of a configuration rests on it.
-RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def run_compiler(*arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
@@ -65,11 +64,73 @@ def test_shipped_configurations(arch: int, tmp_path: Path) -> None:
         assert row["spills"] == 0, row
         assert row["shared_bytes"] <= SHARED_MEMORY[arch], row
         assert row["ctas_per_sm"] >= 1, row
+        assert row["modelled_us"] > row["roofline_us"] > 0, row
     for row in linear:
         assert row["mma_instructions"] > 0, row
-        assert row["ctas_per_sm"] >= RESIDENT_BLOCKS.get((arch, row["config"]), 1), row
+        assert row["epilogue_per_element"] > 0, row
     shipped = {(arch, row["config"]) for row in linear}
     assert all(key in shipped for key in RESIDENT_BLOCKS if key[0] == arch)
+
+
+def test_a_broken_budget_fails_the_command() -> None:
+    """A tile too large for its registers, planted in the table."""
+    planted = """
+import sys
+from benchmarks import sass
+from bert_fused.kernels.configs import Config
+tile = Config("pointer", "float16", 128, 256, 64, num_warps=4, num_stages=3)
+sass.shipped_configs = lambda arch: [tile]
+sass.shape_served = lambda config, arch: (4096, 3072, 768)
+sass.activations_to_check = lambda dtype: ("gelu",)
+sys.exit(sass.main(["--arch", "80"]))
+"""
+    result = subprocess.run([sys.executable, "-c", planted], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"budget broken: linear_act_fwd 80 float16 pointer 128x256x64 .* gelu: \d+ spills", result.stderr)
+
+
+GOOD_ROW = {"kernel": "linear_act_fwd", "arch": 90, "config": "tma 128x128x64 4 warps 3 stages", "spills": 0}
+GOOD_ROW |= {"shared_bytes": 98328, "mma_instructions": 8, "ctas_per_sm": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"spills": 1}, "1 spills"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory"),
+        ({"mma_instructions": 0}, "no matrix instruction"),
+        ({"ctas_per_sm": 1}, "1 blocks per SM instead of 2"),
+    ],
+    ids=["good", "spills", "shared", "mma", "blocks"],
+)
+def test_budgets(change: dict[str, Any], reason: str | None) -> None:
+    broken = broken_budgets(GOOD_ROW | change)
+    assert len(broken) == (reason is not None)
+    assert all(reason in found for found in broken if reason is not None)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    command = [sys.executable, "-m", "benchmarks", "sass", "--arch", "90,frog"]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "expected some of 80, 86, 89, 90, 100, 120, got '90,frog'" in result.stderr
+
+
+def test_the_model_of_a_tile() -> None:
+    """By hand: H100, 128x128 tiles of BERT-base at M = 8192: 1536 tiles, 12 on the busiest of 132 SMs."""
+    product = 2 * 128 * 128 * 768 / (989e6 / 132)
+    epilogue = 10 * 128 * 128 / 128 / 1830
+    alone = estimate.linear_us(90, (8192, 3072, 768), (128, 128), "bfloat16", 1.0, 1, 10.0)
+    assert alone == pytest.approx(2.6 + 12 * (product + epilogue))
+    hidden = estimate.linear_us(90, (8192, 3072, 768), (128, 128), "bfloat16", 1.0, 2, 10.0)
+    assert hidden == pytest.approx(2.6 + 12 * product + epilogue)
+    assert estimate.linear_us(90, (8192, 3072, 768), (128, 128), "bfloat16", 1e9, 2, 10.0) == pytest.approx(
+        2.6 + 1e9 * 1e-6 / 3.35
+    )
+    assert estimate.roofline_us(90, 989e6, 0.0, "bfloat16") == pytest.approx(1.0)
+    assert estimate.roofline_us(90, 989e6, 0.0, "tf32") == pytest.approx(2.0)
+    assert estimate.roofline_us(90, 0.0, 3.35e6, "bfloat16") == pytest.approx(1.0)
 
 
 def test_a_tile_too_large_is_seen_to_spill() -> None:
