@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "sass": "registers, spills and matrix instructions of every shipped configuration; needs no GPU",
+    "host": "microseconds of Python per call, ours and eager's, through Triton's real launcher; needs no GPU",
     "headline": "ours against eager, F.linear and torch.compile on BERT's shapes",
 }
 
