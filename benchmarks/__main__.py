@@ -7,6 +7,7 @@ COMMANDS = {
     "run": "ours against every rival on BERT's shapes, interleaved; JSON lines",
     "report": "a Markdown table and plots of what run wrote, or a comparison of two runs",
     "sass": "registers, spills and matrix instructions of every shipped configuration; needs no GPU",
+    "host": "what a module call costs the host, ours and eager's; needs no GPU",
 }
 
 

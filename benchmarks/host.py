@@ -1,0 +1,164 @@
+"""What a module call costs the host: ours against Hugging Face's eager module, on any Linux machine without a GPU.
+
+Ours goes through Triton's real launcher over a driver that launches nothing (``stub_driver.py`` says what stands in for
+what), so that only Python, torch and Triton are timed. Eager's module computes, on the CPU, from the same tensors: fp32
+ones so small that its arithmetic costs next to nothing, while cuBLAS's own part of a launch, which eager pays on a GPU,
+is missing. Both favour eager. TF32 is allowed, so that fp32 takes our Triton kernel.
+
+A call with gradients is a forward call whose parameters require them: it builds the graph, and nothing runs backward.
+The microseconds are this machine's; what is held to a budget is the ratio of two samples taken in one round.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import stub_driver
+from .records import ROOT
+
+# docs/design.md; ours over eager's.
+BUDGETS = {"nograd": 0.75, "grad": 1.0}
+
+HIDDEN = 16
+TOKENS = 4
+TMA_TOKENS = 4096
+CALLS = 100
+ROUNDS = 150
+
+Call = Callable[[], Any]
+
+
+def measure(rounds: int, planted_us: float) -> dict[str, Any]:
+    """Time everything in this process, which ``stub_driver`` must have been made for. ``planted_us`` slows ours."""
+    stub = stub_driver.install()
+
+    import torch
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
+
+    from bert_fused import FusedBertIntermediate, FusedBertPooler, modules
+    from bert_fused.kernels.linear_act import linear_act_fwd
+    from bert_fused.timing import interleave, ratio, summarize, wall_sampler
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if planted_us:
+        modules.linear_act = _slowed(modules.linear_act, planted_us)
+
+    config = BertConfig(hidden_size=HIDDEN, intermediate_size=HIDDEN)
+    x = torch.randn(1, TOKENS, HIDDEN)
+    eager, ours = BertIntermediate(config), FusedBertIntermediate(config)
+    calls: dict[str, Call] = {}
+    for mode in BUDGETS:
+        calls |= {
+            f"ours_{mode}": functools.partial(ours, x),
+            f"eager_{mode}": functools.partial(eager, x),
+            f"pooler_ours_{mode}": functools.partial(FusedBertPooler(config), x),
+            f"pooler_eager_{mode}": functools.partial(BertPooler(config), x),
+        }
+    forward = functools.partial(linear_act_fwd, activation="gelu", save_preact=False)
+    rows, wide = x.view(-1, HIDDEN), torch.empty(TMA_TOKENS, 64, dtype=torch.float16)
+    calls["launcher"] = functools.partial(forward, rows, ours.dense.weight, ours.dense.bias)
+    calls["launcher_tma"] = functools.partial(forward, wide, wide[:64], None)
+
+    for name, call in calls.items():
+        before = stub.stub_launches()
+        call()
+        launched = stub.stub_launches() - before
+        assert launched == ("eager" not in name), f"{name} launched {launched} kernels"
+    gc.collect()
+    gc.freeze()  # what importing left behind is not walked while timing
+    samplers = {}
+    for name, call in calls.items():
+        sampler = wall_sampler([call] * CALLS, lambda: None)
+        samplers[name] = functools.partial(_sample, sampler, torch.set_grad_enabled, name.endswith("_grad"))
+    samples = interleave(samplers, rounds=rounds)
+    figures: dict[str, Any] = {f"{name}_us": summarize(values).median for name, values in samples.items()}
+    for kind in ("", "pooler_"):
+        for mode in BUDGETS:
+            # ``ratio`` is a speed-up; a budget is a share of eager's time.
+            share = ratio(samples[f"{kind}ours_{mode}"], samples[f"{kind}eager_{mode}"])
+            figures |= {f"{kind}{mode}_ratio": share.median, f"{kind}{mode}_ratio_interval": [share.low, share.high]}
+    return figures
+
+
+def _sample(sampler: Callable[[], float], set_grad_enabled: Callable[[bool], Any], grad: bool) -> float:
+    set_grad_enabled(grad)
+    return sampler()
+
+
+def _slowed(function: Callable[..., Any], microseconds: float) -> Callable[..., Any]:
+    def slowed(*args: Any) -> Any:
+        end = time.perf_counter() + 1e-6 * microseconds
+        while time.perf_counter() < end:
+            pass
+        return function(*args)
+
+    return slowed
+
+
+def broken_budgets(figures: dict[str, Any]) -> list[str]:
+    """A sentence for each budget that the figures break."""
+    return [
+        f"with {mode}, a call costs {figures[f'{mode}_ratio']:.2f} of eager's, and the budget is {budget:.2f}"
+        for mode, budget in BUDGETS.items()
+        if not figures[f"{mode}_ratio"] <= budget
+    ]
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    print(f"{'us per call':<28}{'ours':>8}{'eager':>8}   ours / eager")
+    for kind, label in (("", "BertIntermediate"), ("pooler_", "BertPooler")):
+        for mode, budget in BUDGETS.items():
+            low, high = figures[f"{kind}{mode}_ratio_interval"]
+            ours, eager = figures[f"{kind}ours_{mode}_us"], figures[f"{kind}eager_{mode}_us"]
+            share = f"{figures[f'{kind}{mode}_ratio']:.2f} [{low:.2f}, {high:.2f}]"
+            share += f", budget {budget:.2f}" if not kind else ""
+            print(f"{label + ', ' + mode:<28}{ours:>8.2f}{eager:>8.2f}   {share}")
+    print(f"{'launcher alone':<28}{figures['launcher_us']:>8.2f}")
+    print(f"{'launcher alone, TMA':<28}{figures['launcher_tma_us']:>8.2f}")
+    print("a driver that does nothing, on this machine's CPU: only the ratios mean something elsewhere")
+
+
+def main(argv: list[str]) -> int:
+    """0: within the budgets; 1: a budget is broken; 2: nothing could be measured here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each (default {ROUNDS})")
+    parser.add_argument("--plant", type=float, default=0.0, metavar="US", help="slow ours down, to see the gate fail")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            stub_driver.build(Path(folder))
+        except stub_driver.StubError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        command = [sys.executable, "-m", "benchmarks.host", str(arguments.rounds), str(arguments.plant)]
+        environment = stub_driver.environment(Path(folder))
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        print("error: the process that was to measure failed; its messages are above", file=sys.stderr)
+        return 2
+    figures = json.loads(done.stdout)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print_table(figures)
+    broken = broken_budgets(figures)
+    for sentence in broken:
+        print(f"budget broken: {sentence}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), float(sys.argv[2]))))
