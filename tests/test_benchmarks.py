@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from benchmarks import linear, models, report, run
+from benchmarks import comparison, linear, models, report, run
 from benchmarks.cases import SUITES, Case, cases
 from benchmarks.comparison import Implementation, each, figures, measure
 from benchmarks.records import BadResults, Writer, default_path, environment, parse, read
+from bert_fused.timing import wall_sampler
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case("modules", "MiniLM", "float32", "gelu", 48, 96, 64)
@@ -440,3 +441,30 @@ def test_every_case_of_the_plan_is_there() -> None:
 
 def test_bad_results_are_value_errors() -> None:
     assert issubclass(BadResults, ValueError)
+
+
+def test_what_cannot_be_captured_is_timed_with_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch of a GPU, its clock and its memory counters played by the CPU's."""
+
+    def no_capture(calls: Any) -> Any:
+        if len(calls) == 20 and getattr(calls[0], "func", None) is None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return wall_sampler(calls, lambda: None)
+
+    monkeypatch.setattr(comparison, "graph_sampler", no_capture)
+    monkeypatch.setattr(comparison, "event_sampler", lambda calls: wall_sampler(calls, lambda: None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
+    cpu = linear.problem(SMALL, "cpu")
+    eager = next(rival for rival in cpu.implementations if rival.name == "eager")
+    synchronising = Implementation("synchronising", lambda sets: [lambda c=c: c() for c in eager.calls(sets)])
+    own_graphs = dataclasses.replace(eager, name="graphs of its own", graphs=True)
+    problem = dataclasses.replace(cpu, implementations=[eager, synchronising, own_graphs], min_calls=20)
+    with torch.no_grad():
+        rows = measure(problem, device="cuda", rounds=2)
+    assert [row["gpu"]["method"] for row in rows] == ["graph", "events", "events"]
+    assert [row["wall"]["method"] for row in rows] == ["wall"] * 3
+    assert {row["peak_bytes"] for row in rows} == {250}
+    assert all(row["complete"] and row["error"] is None for row in rows)

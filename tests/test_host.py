@@ -22,6 +22,7 @@ def run(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], d
     return done, json.loads(out.read_text())
 
 
+@pytest.mark.alone
 def test_the_figures_and_the_gate(tmp_path: Path) -> None:
     done, figures = run(tmp_path / "host.json")
     assert set(TIMES) <= set(figures)
@@ -38,6 +39,7 @@ def test_the_figures_and_the_gate(tmp_path: Path) -> None:
     assert done.returncode == bool(host.broken_budgets(figures))
 
 
+@pytest.mark.alone
 def test_a_planted_delay_breaks_both_budgets(tmp_path: Path) -> None:
     done, figures = run(tmp_path / "host.json", "--plant", "2000")
     assert done.returncode == 1
