@@ -49,12 +49,17 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "SPLIT_K": config.split_k,
+        "PERSISTENT": config.persistent > 0,
+        "SUBTILES": config.subtiles,
+        "FLATTEN": config.flatten,
+        "WARP_SPECIALIZE": config.warp_specialize,
     }
     tiles = {
         "x_ptr": (config.block_m, config.block_k),
         "w_ptr": (config.block_n, config.block_k),
-        "out_ptr": (config.block_m, config.block_n),
-        "preact_ptr": (config.block_m, config.block_n),
+        "out_ptr": (config.block_m, config.block_n // config.subtiles),
+        "preact_ptr": (config.block_m, config.block_n // config.subtiles),
     }
     return _compile(
         linear_act.linear_act_fwd_kernel,
@@ -103,7 +108,8 @@ def _compile(
             return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
         if not name.endswith("_ptr"):
             return "i32"
-        return "*fp32" if name == "partial_ptr" else "*" + TRITON_DTYPES[dtype]
+        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
+        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
 
     names = kernel.arg_names
     source = ASTSource(

@@ -83,8 +83,6 @@ def impossible(config: Config) -> str | None:
     powers = (c.block_m, c.block_n, c.block_k, c.num_warps, c.subtiles)
     if min(powers) < 1 or any(size & (size - 1) for size in powers):
         return "blocks, warps and subtiles must be powers of two"
-    if min(c.block_m, c.block_n, c.block_k) < 16:
-        return "a matrix product needs blocks of at least 16"
     if min(c.num_stages, c.group_m, c.split_k) < 1 or c.persistent < 0:
         return "stages, groups and splits start at 1"
     if c.split_k > 1 and c.kernel != "pointer":
