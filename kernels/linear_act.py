@@ -134,8 +134,10 @@ def linear_act_fwd_kernel(
             share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
             start_k, stop_k = split * share, tl.minimum((split + 1) * share, K)
 
-        # A sum that starts from the bias adds it while the first tiles load, not after the last.
-        acc = _bias_tile(bias_ptr, start_n, N, HAS_BIAS and SPLIT_K == 1, BLOCK_M, BLOCK_N)
+        # A sum that starts from the bias adds it while the first tiles load, not after the last. Triton cannot
+        # warp-specialize such a loop, and spills on sm_100 when it flattens one.
+        BIAS_FIRST: tl.constexpr = SPLIT_K == 1 and not FLATTEN and not WARP_SPECIALIZE
+        acc = _bias_tile(bias_ptr, start_n, N, HAS_BIAS and BIAS_FIRST, BLOCK_M, BLOCK_N)
         if TMA:
             for k in range(start_k, stop_k, BLOCK_K):
                 x = x_ptr.load([start_m, k])
@@ -162,6 +164,8 @@ def linear_act_fwd_kernel(
                 w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
 
         if SPLIT_K == 1:
+            if HAS_BIAS and not BIAS_FIRST:
+                acc += _bias_tile(bias_ptr, start_n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
             _store(acc, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
         else:
             SIZE: tl.constexpr = BLOCK_M * BLOCK_N

@@ -30,7 +30,7 @@ def _num_sms_of_index(index: int | None) -> int:
 
 
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors; few in the interpreter, so that a persistent block has several tiles of a small test."""
+    """Streaming multiprocessors; few in the interpreter, so that persistent blocks have several tiles each."""
     return INTERPRETER_SMS if INTERPRETED else _num_sms_of_index(device.index)
 
 
