@@ -82,7 +82,7 @@ def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
         "stride_dn": 1,
         "ACTIVATION": activation,
         "BIAS_GRAD": True,
-        "ROWS_PER_PROGRAM": act_grad.ROWS_PER_PROGRAM,
+        "ROWS_PER_PROGRAM": act_grad.MAX_ROWS_PER_PROGRAM,
         "BLOCK_M": act_grad.BLOCK_M,
         "BLOCK_N": act_grad.BLOCK_N,
     }
