@@ -27,6 +27,35 @@ REGISTERS_PER_SM = 65536
 RESERVED = 1024
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
+# Most instructions per element, by whether the pre-activation is stored: from the end of the loop over K to the exit of
+# the configuration below (activation, cast, store, teardown of the pipeline), and of a derivative beyond ReLU's.
+EPILOGUE_BUDGET = {
+    ("bfloat16", "gelu", False): 10.0,
+    ("bfloat16", "gelu", True): 11.0,
+    ("float16", "gelu", False): 12.0,
+    ("float16", "gelu", True): 12.0,
+}
+EPILOGUE_BUDGET_CONFIG = (90, "tma 128x128x64 4 warps 3 stages")
+DERIVATIVE_BUDGET = 16.0
+GRAD_TILE = act_grad.BLOCK_M * act_grad.BLOCK_N
+
+
+def matrix_instruction(arch: int, block_m: int) -> str:
+    """What multiplies tiles: Hopper's and Blackwell's own instructions need 64 rows, smaller tiles take the old one."""
+    return MATRIX_INSTRUCTION[arch] if block_m >= 64 else "HMMA"
+
+
+def over_budget(row: dict[str, Any]) -> str | None:
+    """The instruction budget that a row breaks, or None."""
+    budget, count = None, row["epilogue_per_element"]
+    if (row["arch"], row["config"]) == EPILOGUE_BUDGET_CONFIG:
+        budget = EPILOGUE_BUDGET.get((row["dtype"], row["activation"], row["save_preact"]))
+    elif row["kernel"] == "act_bwd" and (row["arch"], row["activation"]) == (90, "gelu") and row["dtype"] != "float32":
+        budget, count = DERIVATIVE_BUDGET, row["derivative_per_element"]
+    if budget is None or count <= budget:
+        return None
+    return f"{row['kernel']} {row['dtype']} {row['activation']}: {count} instructions per element, budget {budget}"
+
 
 def activations_to_check(dtype: str) -> tuple[str, ...]:
     """BERT's own activation, and the dearest: tanh in instructions, tanh GELU in registers, erf GELU in fp32."""
@@ -125,30 +154,63 @@ def _compile(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
 
 
-def inspect(compiled: Any, arch: int, num_warps: int, tile: int) -> dict[str, Any]:
+def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 64) -> dict[str, Any]:
     """Resources of a compiled kernel, read from its machine code. ``tile``: output elements a block computes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         sass = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "-res-usage", file.name)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    instructions, labels = _listing(sass)
     registers_match = re.search(r"REG:(\d+)", usage)
     assert registers_match is not None, usage
     registers = int(registers_match[1])
-    matrix = [i for i, name in enumerate(instructions) if name.startswith(MATRIX_INSTRUCTION[arch])]
+    matrix = [i for i, (name, _) in enumerate(instructions) if name.startswith(matrix_instruction(arch, block_m))]
+    epilogue = _epilogue_length(instructions, labels, matrix[-1]) if matrix else 0
     shared = compiled.metadata.shared
     return {
         "registers": registers,
-        "spills": sum(name.startswith(("STL", "LDL")) for name in instructions),
+        "instructions": len(instructions),
+        "spills": sum(name.startswith(("STL", "LDL")) for name, _ in instructions),
         "shared_bytes": shared,
         "ctas_per_sm": min(
             REGISTERS_PER_SM // (-(-registers // 8) * 8 * 32 * num_warps),
             (SHARED_MEMORY[arch] + RESERVED) // (shared + RESERVED),
         ),
         "mma_instructions": len(matrix),
-        "epilogue_per_element": round((len(instructions) - matrix[-1]) * num_warps * 32 / tile, 1) if matrix else None,
+        "epilogue_per_element": round(epilogue * num_warps * 32 / tile, 1) if matrix else None,
     }
+
+
+def _listing(sass: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Instructions as (name, operands), and the instruction that each label stands before."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    pattern = r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*))"
+    for label, name, operands in re.findall(pattern, sass, re.MULTILINE):
+        if label:
+            labels[label] = len(instructions)
+        else:
+            instructions.append((name, operands))
+    return instructions, labels
+
+
+def _epilogue_length(instructions: list[tuple[str, str]], labels: dict[str, int], last_matrix: int) -> int:
+    """Instructions between the end of the loop over K and the end of the tile.
+
+    The loop's own last instructions are no part of it, nor is what lies behind the exit: waiting loops and padding.
+    """
+    exits = [i for i, (name, _) in enumerate(instructions) if name == "EXIT"]
+    branches_back = [
+        i
+        for i, (name, operands) in enumerate(instructions[: exits[-1]])
+        if i > last_matrix
+        and name == "BRA"
+        and (target := re.search(r"\.L_x_\d+", operands)) is not None
+        and labels[target[0]] <= last_matrix
+    ]
+    start, end = ([*branches_back, exits[-1]] if branches_back else [last_matrix, exits[-1]])[:2]
+    return end - start
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -156,22 +218,31 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
-    """A row per kernel, configuration and activation that an architecture can select, the pre-activation stored."""
+    """A row per kernel, configuration and activation that an architecture can select.
+
+    The forward stores the pre-activation, and in another row, for BERT's own activation, does not.
+    """
     for config in shipped_configs(arch):
-        for activation in activations_to_check(config.dtype):
-            compiled = compile_linear(config, arch, activation=activation)
-            stats = inspect(compiled, arch, config.num_warps, config.block_m * config.block_n)
+        variants = [(activation, True) for activation in activations_to_check(config.dtype)] + [("gelu", False)]
+        for activation, save_preact in variants:
+            compiled = compile_linear(config, arch, activation=activation, save_preact=save_preact)
+            tile = config.block_m * config.block_n
+            stats = inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
             row = {"kernel": "linear_act_fwd", "arch": arch, "dtype": config.dtype, "config": str(config)}
-            yield row | {"activation": activation} | stats
+            yield row | {"activation": activation, "save_preact": save_preact} | stats
     for dtype in ("float16", "bfloat16", "float32"):
+        row = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False}
         for activation in activations_to_check(dtype):
-            for kernel, compiled, tile in (
-                ("act_fwd", compile_pass(dtype, arch, activation=activation), act_pass.BLOCK),
-                ("act_bwd", compile_grad(dtype, arch, activation=activation), act_grad.BLOCK_M * act_grad.BLOCK_N),
-            ):
-                stats = inspect(compiled, arch, compiled.metadata.num_warps, tile)
-                row = {"kernel": kernel, "arch": arch, "dtype": dtype, "config": "", "activation": activation}
-                yield row | stats
+            compiled = compile_pass(dtype, arch, activation=activation)
+            stats = inspect(compiled, arch, compiled.metadata.num_warps, act_pass.BLOCK)
+            yield row | {"kernel": "act_fwd", "activation": activation} | stats
+        relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, 4, GRAD_TILE)
+        for activation in activations_to_check(dtype):
+            compiled = compile_grad(dtype, arch, activation=activation)
+            stats = inspect(compiled, arch, compiled.metadata.num_warps, GRAD_TILE)
+            added = (stats["instructions"] - relu["instructions"]) * compiled.metadata.num_warps * 32 / GRAD_TILE
+            stats["derivative_per_element"] = round(added, 1)
+            yield row | {"kernel": "act_bwd", "activation": activation} | stats
 
 
 def main(argv: list[str]) -> int:
@@ -180,13 +251,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     arguments = parser.parse_args(argv)
     rows = []
-    columns = ("kernel", "arch", "dtype", "config", "activation", "registers", "spills", "shared_bytes", "ctas_per_sm")
-    columns += ("mma_instructions", "epilogue_per_element")
+    columns = ("kernel", "arch", "dtype", "config", "activation", "save_preact", "registers", "spills", "shared_bytes")
+    columns += ("ctas_per_sm", "mma_instructions", "epilogue_per_element", "derivative_per_element")
     print(" | ".join(columns))
     for arch in (int(name) for name in arguments.arch.split(",")):
         for row in inspect_arch(arch):
             rows.append(row)
-            print(" | ".join(str(row[column]) for column in columns), flush=True)
+            print(" | ".join(str(row.get(column, "")) for column in columns), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
-    return 1 if any(row["spills"] for row in rows) else 0
+    broken = [reason for row in rows if (reason := over_budget(row)) is not None]
+    print("\n".join(broken))
+    return 1 if broken or any(row["spills"] for row in rows) else 0

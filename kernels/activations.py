@@ -18,11 +18,6 @@ def _exp(z):
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + _exp(-z))
-
-
-@triton.jit
 def _sigmoid_and_slope(z):
     """sigmoid(z) and its derivative; as s * (1 - s) the derivative would cancel for large z."""
     e = _exp(-tl.abs(z))
@@ -93,8 +88,9 @@ def gelu_grad(z, DTYPE: tl.constexpr):
 @triton.jit
 def gelu_tanh(z):
     """``torch.nn.functional.gelu(approximate="tanh")``."""
-    # 0.5 * (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) * (z + 0.044715 * z^3)
-    return z * _sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    # 0.5 * (1 + tanh(u)) = 1 / (1 + 2^(-2u / ln 2)), u = sqrt(2 / pi) * (z + 0.044715 * z^3); the constants multiplied
+    # out save two instructions, and the spills of a 128x128 tile.
+    return z / (1.0 + tl.exp2(z * (-2.302208198144325 - 0.1029432395800235 * z * z)))
 
 
 @triton.jit
@@ -106,7 +102,7 @@ def gelu_tanh_grad(z):
 
 @triton.jit
 def silu(z):
-    return z * _sigmoid(z)
+    return z / (1.0 + _exp(-z))
 
 
 @triton.jit
@@ -118,7 +114,7 @@ def silu_grad(z):
 @triton.jit
 def quick_gelu(z):
     """z * sigmoid(1.702 * z), transformers' ``QuickGELUActivation``."""
-    return z * _sigmoid(1.702 * z)
+    return z / (1.0 + _exp(-1.702 * z))
 
 
 @triton.jit

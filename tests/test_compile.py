@@ -103,6 +103,57 @@ def test_sixteen_bit_activations_are_exact_ones() -> None:
         assert not re.search(r"min\.f32", row["ptx"])
 
 
+CANDIDATES_SCRIPT = """
+import json
+import sys
+from benchmarks.sass import compile_linear, inspect
+from bert_fused.kernels.candidates import candidates, shared_bytes
+arch = int(sys.argv[1])
+shapes = [(M, N, K) for N, K in ((3072, 768), (4096, 1024), (768, 768)) for M in (1, 64, 256, 1024, 8192)]
+offered = dict.fromkeys(c for shape in shapes for c in candidates(*shape, "bfloat16", arch) if c.kernel != "library")
+rows = []
+for config in offered:
+    compiled = compile_linear(config, arch, activation="gelu")
+    tile = config.block_m * config.block_n
+    stats = inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
+    rows.append({"config": str(config), "persistent": config.persistent, "estimate": shared_bytes(config, arch)} | stats)
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_candidates_compile_without_spills(arch: int) -> None:
+    """Whatever the tuner is offered, split, persistent and warp-specialized kernels included."""
+    rows = json.loads(run_compiler("-c", CANDIDATES_SCRIPT, str(arch)).splitlines()[-1])
+    assert len(rows) > 20
+    assert any("K in 2" in row["config"] for row in rows)
+    assert any(row["persistent"] for row in rows) == (arch >= 90)
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["mma_instructions"] > 0, row
+        assert row["estimate"] - 1024 <= row["shared_bytes"] <= row["estimate"], row
+        assert row["ctas_per_sm"] >= max(row["persistent"], 1), row
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_partial_sums_are_published_before_they_are_counted(arch: int) -> None:
+    """The order that the kernel's memory argument rests on: store, barrier, counting at GPU scope, barrier, load."""
+    call = f"compile_linear(Config('pointer', 'bfloat16', 16, 32, 128, 4, 4, split_k=2), {arch}, activation='gelu')"
+    (kernel,) = compile_kernels(call)
+    order = r"st\.global\.cg|ld\.global\.cg|bar\.sync|atom\.global\.gpu\.acq_rel\.add"
+    found = re.findall(order, kernel["ptx"])
+    counted = found.index("atom.global.gpu.acq_rel.add")
+    assert found[counted - 2 : counted + 2] == [
+        "st.global.cg",
+        "bar.sync",
+        "atom.global.gpu.acq_rel.add",
+        "bar.sync",
+    ]
+    assert found.count("atom.global.gpu.acq_rel.add") == 1
+    assert "st.global.cg" not in found[counted:]
+    assert found[counted:].count("ld.global.cg") == found.count("ld.global.cg") == 2
+
+
 def multiplications(ttir: str) -> list[str]:
     """The result types of all integer multiplications."""
     return re.findall(r"arith\.muli .* : (\S+)", ttir)
