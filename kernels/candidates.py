@@ -56,8 +56,8 @@ class Chip:
 
 # A100 80 GB, L40S, H100 SXM, B200; other architectures are taken for the nearest older one.
 CHIPS = {80: Chip(108, 2048, 13.4), 89: Chip(142, 1024, 2.4), 90: Chip(132, 4096, 14.4), 100: Chip(148, 8192, 28.0)}
-# Bytes per clock from L2 to an SM and to and from its shared memory; clocks until a load arrives, and of a second launch
-# (that zeroes counters).
+# Bytes per clock from L2 to an SM, and to and from its shared memory; clocks until a load arrives, and of a second
+# launch (that zeroes counters).
 L2_BYTES, SHARED_BYTES, LATENCY, LAUNCH = 64, 128, 800, 2500
 # Instructions per element after the product, and how many lanes an SM issues per clock.
 EPILOGUE, ISSUE = 12, 128
@@ -142,7 +142,8 @@ def shared_bytes(config: Config, arch: int) -> int:
     in_place = 90 <= arch < 120 and config.block_m >= 64
     pipeline = operands * (config.num_stages if in_place else max(config.num_stages - 1, 1))
     store = config.block_m * config.block_n // config.subtiles * _itemsize(config) if config.persistent else 0
-    return pipeline + store + 1024
+    # Warp specialization on Hopper keeps the buffers of the output and of the pre-activation apart.
+    return pipeline + store * (2 if config.warp_specialize and arch < 100 else 1) + 1024
 
 
 def resident_blocks(config: Config, arch: int) -> int:

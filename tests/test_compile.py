@@ -116,7 +116,8 @@ for config in offered:
     compiled = compile_linear(config, arch, activation="gelu")
     tile = config.block_m * config.block_n
     stats = inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
-    rows.append({"config": str(config), "persistent": config.persistent, "estimate": shared_bytes(config, arch)} | stats)
+    row = {"config": str(config), "persistent": config.persistent, "estimate": shared_bytes(config, arch)}
+    rows.append(row | stats)
 print(json.dumps(rows))
 """
 
