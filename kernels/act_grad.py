@@ -64,7 +64,8 @@ def act_bwd_kernel(
 def rows_per_program(M: int, N: int, num_sms: int) -> int:
     """Rows a block works through: as many as leave every SM enough blocks, since each block adds a row of sums."""
     rows = M * triton.cdiv(N, BLOCK_N) // (BLOCKS_PER_SM * num_sms)
-    return min(max(triton.next_power_of_2(rows + 1) // 2, BLOCK_M), MAX_ROWS_PER_PROGRAM)
+    power_of_two: int = triton.next_power_of_2(rows + 1) // 2
+    return min(max(power_of_two, BLOCK_M), MAX_ROWS_PER_PROGRAM)
 
 
 def act_bwd(

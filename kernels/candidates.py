@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from .configs import SHARED_MEMORY, Config, default_config, get_config
 
@@ -81,7 +82,7 @@ def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
 
 
 def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
-    def config(kernel: str, tile: Tile, **options: int) -> Config:
+    def config(kernel: str, tile: Tile, **options: Any) -> Config:
         block_m, block_n, block_k, num_warps, num_stages = tile
         block_k = block_k // 2 if dtype == "tf32" else block_k
         return Config(kernel, dtype, block_m, block_n, block_k, num_warps, num_stages, **options)
