@@ -6,6 +6,7 @@ are modelled and prove nothing about speed. Exits with 1 if a budget of docs/des
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import estimate
 from bert_fused.kernels import act_grad, act_pass, linear_act
+from bert_fused.kernels.candidates import LATENCY, Chip, chip_of, modelled_clocks
 from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, load_table, shipped_configs
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -33,6 +34,23 @@ RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
 N, K = 3072, 768
 PASS_ROWS = 8192
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+
+# Most instructions per element, by whether the pre-activation is stored: from the end of the loop over K to the exit of
+# the configuration below (activation, cast, store, teardown of the pipeline), and of a derivative beyond ReLU's.
+EPILOGUE_BUDGET = {
+    ("bfloat16", "gelu", False): 10.0,
+    ("bfloat16", "gelu", True): 11.0,
+    ("float16", "gelu", False): 12.0,
+    ("float16", "gelu", True): 12.0,
+}
+EPILOGUE_BUDGET_CONFIG = (90, "tma 128x128x64 4 warps 3 stages")
+DERIVATIVE_BUDGET = 16.0
+GRAD_TILE = act_grad.BLOCK_M * act_grad.BLOCK_N
+
+
+def matrix_instruction(arch: int, block_m: int) -> str:
+    """What multiplies tiles: Hopper's and Blackwell's own instructions need 64 rows, smaller tiles take the old one."""
+    return MATRIX_INSTRUCTION[arch] if block_m >= 64 else "HMMA"
 
 
 def activations_to_check(dtype: str) -> tuple[str, ...]:
@@ -56,12 +74,17 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "SPLIT_K": config.split_k,
+        "PERSISTENT": config.persistent > 0,
+        "SUBTILES": config.subtiles,
+        "FLATTEN": config.flatten,
+        "WARP_SPECIALIZE": config.warp_specialize,
     }
     tiles = {
         "x_ptr": (config.block_m, config.block_k),
         "w_ptr": (config.block_n, config.block_k),
-        "out_ptr": (config.block_m, config.block_n),
-        "preact_ptr": (config.block_m, config.block_n),
+        "out_ptr": (config.block_m, config.block_n // config.subtiles),
+        "preact_ptr": (config.block_m, config.block_n // config.subtiles),
     }
     return _compile(
         linear_act.linear_act_fwd_kernel,
@@ -84,7 +107,7 @@ def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
         "stride_dn": 1,
         "ACTIVATION": activation,
         "BIAS_GRAD": True,
-        "ROWS_PER_PROGRAM": act_grad.ROWS_PER_PROGRAM,
+        "ROWS_PER_PROGRAM": act_grad.MAX_ROWS_PER_PROGRAM,
         "BLOCK_M": act_grad.BLOCK_M,
         "BLOCK_N": act_grad.BLOCK_N,
     }
@@ -110,7 +133,8 @@ def _compile(
             return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
         if not name.endswith("_ptr"):
             return "i32"
-        return "*fp32" if name == "partial_ptr" else "*" + TRITON_DTYPES[dtype]
+        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
+        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
 
     names = kernel.arg_names
     source = ASTSource(
@@ -126,30 +150,63 @@ def _compile(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
 
 
-def inspect(compiled: Any, arch: int, num_warps: int, tile: int) -> dict[str, Any]:
+def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 64) -> dict[str, Any]:
     """Resources of a compiled kernel, read from its machine code. ``tile``: output elements a block computes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         sass = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "-res-usage", file.name)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    instructions, labels = _listing(sass)
     registers_match = re.search(r"REG:(\d+)", usage)
     assert registers_match is not None, usage
     registers = int(registers_match[1])
-    matrix = [i for i, name in enumerate(instructions) if name.startswith(MATRIX_INSTRUCTION[arch])]
+    matrix = [i for i, (name, _) in enumerate(instructions) if name.startswith(matrix_instruction(arch, block_m))]
+    epilogue = _epilogue_length(instructions, labels, matrix[-1]) if matrix else 0
     shared = compiled.metadata.shared
     return {
         "registers": registers,
-        "spills": sum(name.startswith(("STL", "LDL")) for name in instructions),
+        "instructions": len(instructions),
+        "spills": sum(name.startswith(("STL", "LDL")) for name, _ in instructions),
         "shared_bytes": shared,
         "ctas_per_sm": min(
             REGISTERS_PER_SM // (-(-registers // 8) * 8 * 32 * num_warps),
             (SHARED_MEMORY[arch] + RESERVED) // (shared + RESERVED),
         ),
         "mma_instructions": len(matrix),
-        "epilogue_per_element": round((len(instructions) - matrix[-1]) * num_warps * 32 / tile, 1) if matrix else None,
+        "epilogue_per_element": round(epilogue * num_warps * 32 / tile, 1) if matrix else None,
     }
+
+
+def _listing(sass: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Instructions as (name, operands), and the instruction that each label stands before."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    pattern = r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*))"
+    for label, name, operands in re.findall(pattern, sass, re.MULTILINE):
+        if label:
+            labels[label] = len(instructions)
+        else:
+            instructions.append((name, operands))
+    return instructions, labels
+
+
+def _epilogue_length(instructions: list[tuple[str, str]], labels: dict[str, int], last_matrix: int) -> int:
+    """Instructions between the end of the loop over K and the end of the tile.
+
+    The loop's own last instructions are no part of it, nor is what lies behind the exit: waiting loops and padding.
+    """
+    exits = [i for i, (name, _) in enumerate(instructions) if name == "EXIT"]
+    branches_back = [
+        i
+        for i, (name, operands) in enumerate(instructions[: exits[-1]])
+        if i > last_matrix
+        and name == "BRA"
+        and (target := re.search(r"\.L_x_\d+", operands)) is not None
+        and labels[target[0]] <= last_matrix
+    ]
+    start, end = ([*branches_back, exits[-1]] if branches_back else [last_matrix, exits[-1]])[:2]
+    return end - start
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -157,53 +214,69 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
-    """A row per kernel, configuration and activation that an architecture can select, the pre-activation stored."""
+    """A row per kernel, configuration and activation that an architecture can select.
+
+    The forward stores the pre-activation, and in another row, for BERT's own activation, does not.
+    """
     for config in shipped_configs(arch):
         shape = shape_served(config, arch)
-        itemsize = 4 if config.dtype == "tf32" else 2
-        for activation in activations_to_check(config.dtype):
-            compiled = compile_linear(config, arch, activation=activation)
-            stats = inspect(compiled, arch, config.num_warps, config.block_m * config.block_n)
+        variants = [(activation, True) for activation in activations_to_check(config.dtype)] + [("gelu", False)]
+        for activation, save_preact in variants:
+            compiled = compile_linear(config, arch, activation=activation, save_preact=save_preact)
+            tile = config.block_m * config.block_n
             row = {"kernel": "linear_act_fwd", "arch": arch, "dtype": config.dtype, "config": str(config)}
-            row |= {"activation": activation, **stats, "shape": "x".join(map(str, shape))}
-            M, N, K = shape
-            moved = estimate.bytes_moved(M, N, K, itemsize) + itemsize * M * N  # the pre-activation
-            yield row | {
-                "modelled_us": round(
-                    estimate.linear_us(
-                        arch,
-                        shape,
-                        (config.block_m, config.block_n),
-                        config.dtype,
-                        moved,
-                        stats["ctas_per_sm"],
-                        stats["epilogue_per_element"] or 0.0,
-                    ),
-                    1,
-                ),
-                "roofline_us": round(estimate.roofline_us(arch, 2.0 * M * N * K, moved, config.dtype), 1),
-            }
+            row |= {"activation": activation, "save_preact": save_preact}
+            row |= inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
+            yield row | linear_times(config, shape, arch)
     for dtype in ("float16", "bfloat16", "float32"):
+        row = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False}
         for activation in activations_to_check(dtype):
-            for kernel, compiled, tile, passes in (
-                ("act_fwd", compile_pass(dtype, arch, activation=activation), act_pass.BLOCK, 2),
-                ("act_bwd", compile_grad(dtype, arch, activation=activation), act_grad.BLOCK_M * act_grad.BLOCK_N, 3),
-            ):
-                stats = inspect(compiled, arch, compiled.metadata.num_warps, tile)
-                moved = float(passes * PASS_ROWS * N * (4 if dtype == "float32" else 2))
-                row = {"kernel": kernel, "arch": arch, "dtype": dtype, "config": "", "activation": activation}
-                row |= {**stats, "shape": f"{PASS_ROWS}x{N}"}
-                yield row | {
-                    "modelled_us": round(estimate.pass_us(arch, moved), 1),
-                    "roofline_us": round(estimate.roofline_us(arch, 0.0, moved, dtype), 1),
-                }
+            compiled = compile_pass(dtype, arch, activation=activation)
+            stats = inspect(compiled, arch, compiled.metadata.num_warps, act_pass.BLOCK)
+            yield row | {"kernel": "act_fwd", "activation": activation} | stats | pass_times(2, dtype, arch)
+        relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, 4, GRAD_TILE)
+        for activation in activations_to_check(dtype):
+            compiled = compile_grad(dtype, arch, activation=activation)
+            stats = inspect(compiled, arch, compiled.metadata.num_warps, GRAD_TILE)
+            added = (stats["instructions"] - relu["instructions"]) * compiled.metadata.num_warps * 32 / GRAD_TILE
+            stats["derivative_per_element"] = round(added, 1)
+            yield row | {"kernel": "act_bwd", "activation": activation} | stats | pass_times(3, dtype, arch)
 
 
 def shape_served(config: Config, arch: int) -> tuple[int, int, int]:
     """M, N and K of the largest product that an architecture's table gives to a configuration."""
     served = [(entry.m, entry.n or N, entry.k or K) for entry in load_table(arch) if entry.config == config]
     served += [(M, N, K) for M in (1, 4096) if get_config(M, N, K, config.dtype, arch, aligned=True) == config]
-    return max(served)
+    return max(served, key=math.prod)
+
+
+def linear_times(config: Config, shape: tuple[int, int, int], arch: int) -> dict[str, Any]:
+    """The modelled time of a product, and the least that the chip's data sheet allows."""
+    M, N, K = shape
+    itemsize = 4 if config.dtype == "tf32" else 2
+    chip = chip_of(arch)
+    products = 2 * M * N * K / (chip.sms * chip.matrix * 2 / itemsize)
+    moved = itemsize * (M * K + N * K + M * N) / (chip.sms * chip.memory)
+    return {
+        "shape": f"{M}x{N}x{K}",
+        "modelled_us": _microseconds(modelled_clocks(config, M, N, K, arch), chip),
+        "roofline_us": _microseconds(max(products, moved), chip),
+    }
+
+
+def pass_times(tensors: int, dtype: str, arch: int) -> dict[str, Any]:
+    """The same of a pass that reads and writes so many tensors: memory, and the wait for the first of it."""
+    chip = chip_of(arch)
+    moved = tensors * PASS_ROWS * N * (4 if dtype == "float32" else 2) / (chip.sms * chip.memory)
+    return {
+        "shape": f"{PASS_ROWS}x{N}",
+        "modelled_us": _microseconds(moved + LATENCY, chip),
+        "roofline_us": _microseconds(moved, chip),
+    }
+
+
+def _microseconds(clocks: float, chip: Chip) -> float:
+    return round(clocks / (1e3 * chip.ghz), 1)
 
 
 def broken_budgets(row: dict[str, Any]) -> list[str]:
@@ -219,6 +292,13 @@ def broken_budgets(row: dict[str, Any]) -> list[str]:
         resident = RESIDENT_BLOCKS.get((row["arch"], row["config"]), 1)
         if row["ctas_per_sm"] < resident:
             broken.append(f"{row['ctas_per_sm']} blocks per SM instead of {resident}")
+    budget, count = None, row["epilogue_per_element"]
+    if (row["arch"], row["config"]) == EPILOGUE_BUDGET_CONFIG:
+        budget = EPILOGUE_BUDGET.get((row["dtype"], row["activation"], row["save_preact"]))
+    elif row["kernel"] == "act_bwd" and (row["arch"], row["activation"]) == (90, "gelu") and row["dtype"] != "float32":
+        budget, count = DERIVATIVE_BUDGET, row["derivative_per_element"]
+    if budget is not None and count > budget:
+        broken.append(f"{count} instructions per element, budget {budget}")
     return broken
 
 
@@ -231,16 +311,17 @@ def main(argv: list[str]) -> int:
         archs = [int(name) for name in arguments.arch.split(",")]
     except ValueError:
         archs = []
-    if not archs or set(archs) - estimate.CARDS.keys():
-        parser.error(f"--arch: expected some of {', '.join(map(str, estimate.CARDS))}, got {arguments.arch!r}")
+    if not archs or set(archs) - MATRIX_INSTRUCTION.keys():
+        parser.error(f"--arch: expected some of {', '.join(map(str, MATRIX_INSTRUCTION))}, got {arguments.arch!r}")
     rows = []
-    columns = ("kernel", "arch", "dtype", "config", "activation", "registers", "spills", "shared_bytes", "ctas_per_sm")
-    columns += ("mma_instructions", "epilogue_per_element", "shape", "modelled_us", "roofline_us")
+    columns = ("kernel", "arch", "dtype", "config", "activation", "save_preact", "registers", "spills", "shared_bytes")
+    columns += ("ctas_per_sm", "mma_instructions", "epilogue_per_element", "derivative_per_element", "shape")
+    columns += ("modelled_us", "roofline_us")
     print(" | ".join(columns))
     for arch in archs:
         for row in inspect_arch(arch):
             rows.append(row)
-            print(" | ".join(str(row[column]) for column in columns), flush=True)
+            print(" | ".join(str(row.get(column, "")) for column in columns), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     broken = [(row, reason) for row in rows for reason in broken_budgets(row)]

@@ -9,11 +9,15 @@ import triton
 import triton.language as tl
 
 from .activations import apply_activation_grad
-from .runtime import on_device
+from .runtime import num_sms, on_device
 
+# 16-byte loads and stores at 8 elements a thread, 2 rows apart in each of 4 warps.
 BLOCK_M = 16
 BLOCK_N = 128
-ROWS_PER_PROGRAM = 128
+MAX_ROWS_PER_PROGRAM = 128
+# Blocks an SM should have in flight: 8 KB of loads each, and the product of latency and bandwidth is some 20 KB per SM
+# of an H100. Computed, not measured on a GPU.
+BLOCKS_PER_SM = 4
 
 
 @triton.jit
@@ -35,22 +39,33 @@ def act_bwd_kernel(
     num_pid_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // num_pid_n
     pid_n = tl.program_id(0) % num_pid_n
+    offs_m = pid_m.to(tl.int64) * ROWS_PER_PROGRAM + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    partial = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, ROWS_PER_PROGRAM, BLOCK_M):
-        offs_m = pid_m.to(tl.int64) * ROWS_PER_PROGRAM + start + tl.arange(0, BLOCK_M)
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    d_out_ptrs = d_out_ptr + offs_m[:, None] * stride_dm + offs_n[None, :].to(tl.int64) * stride_dn
+    # Rows are summed once, at the end: a sum across threads in every step would make all of them wait for each other.
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, ROWS_PER_PROGRAM, BLOCK_M):
         mask = (offs_m < M)[:, None] & mask_n[None, :]
-        offs = offs_m[:, None] * N + offs_n[None, :]
-        d_out_ptrs = d_out_ptr + offs_m[:, None] * stride_dm + offs_n[None, :].to(tl.int64) * stride_dn
         d_out = tl.load(d_out_ptrs, mask=mask, other=0.0).to(tl.float32)
         saved = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         d_preact = apply_activation_grad(d_out, saved, ACTIVATION, saved_ptr.dtype.element_ty)
         tl.store(d_preact_ptr + offs, d_preact.to(d_preact_ptr.dtype.element_ty), mask=mask)
         if BIAS_GRAD:
-            partial += tl.sum(d_preact, axis=0)
+            total += d_preact
+        offs_m += BLOCK_M
+        offs += tl.cast(N, tl.int64) * BLOCK_M
+        d_out_ptrs += tl.cast(stride_dm, tl.int64) * BLOCK_M
     if BIAS_GRAD:
-        tl.store(partial_ptr + pid_m.to(tl.int64) * N + offs_n, partial, mask=mask_n)
+        tl.store(partial_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(total, axis=0), mask=mask_n)
+
+
+def rows_per_program(M: int, N: int, num_sms: int) -> int:
+    """Rows a block works through: as many as leave every SM enough blocks, since each block adds a row of sums."""
+    rows = M * triton.cdiv(N, BLOCK_N) // (BLOCKS_PER_SM * num_sms)
+    power_of_two: int = triton.next_power_of_2(rows + 1) // 2
+    return min(max(power_of_two, BLOCK_M), MAX_ROWS_PER_PROGRAM)
 
 
 def act_bwd(
@@ -64,7 +79,8 @@ def act_bwd(
     saved = saved.contiguous()
     M, N = saved.shape
     d_preact = torch.empty_like(saved)
-    num_pid_m = triton.cdiv(M, ROWS_PER_PROGRAM)
+    rows = rows_per_program(M, N, num_sms(saved.device))
+    num_pid_m = triton.cdiv(M, rows)
     partial = torch.empty(num_pid_m, N, dtype=torch.float32, device=saved.device) if bias_grad else None
     if d_preact.numel():
         with on_device(saved):
@@ -79,7 +95,7 @@ def act_bwd(
                 d_out.stride(1),
                 ACTIVATION=activation,
                 BIAS_GRAD=bias_grad,
-                ROWS_PER_PROGRAM=ROWS_PER_PROGRAM,
+                ROWS_PER_PROGRAM=rows,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 enable_fp_fusion=True,

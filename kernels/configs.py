@@ -4,6 +4,7 @@ A configuration is data. Each architecture has a table ``tables/sm_XX.json`` tha
 architecture without one gets ``default_config``. Lookup never measures anything.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,7 +29,13 @@ class Config:
     kernel: "pointer" and "tma" are one Triton launch that loads its tiles through pointers or through Hopper's tensor
     memory accelerator; "library" is cuBLAS (bias in its epilogue) and one activation pass.
     dtype: "float16", "bfloat16", "float32" (IEEE products) or "tf32" (fp32 tensors, TF32 products).
-    The rest describes a Triton kernel's tile and is 0 for "library".
+    The rest describes a Triton kernel's tile, in powers of two, and is left out for "library".
+    split_k: blocks that share the K range of one tile; the last to finish adds their partial sums.
+    persistent: blocks per SM, each of which computes tile after tile; 0 launches a block per tile.
+    subtiles: column slices in which a persistent block stores its tile: smaller buffers, more blocks per SM.
+    flatten, warp_specialize: Triton's options of the persistent loop over tiles.
+
+    Raises ValueError for a combination that no kernel has.
     """
 
     kernel: str
@@ -39,13 +46,58 @@ class Config:
     num_warps: int = 0
     num_stages: int = 0
     group_m: int = 8
+    split_k: int = 1
+    persistent: int = 0
+    subtiles: int = 1
+    flatten: bool = False
+    warp_specialize: bool = False
+
+    def __post_init__(self) -> None:
+        reason = impossible(self)
+        if reason is not None:
+            raise ValueError(f"{self}: {reason}")
 
     def __str__(self) -> str:
         if self.kernel == "library":
             return "cuBLAS + activation pass"
-        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        group = "" if self.group_m == 8 else f" groups of {self.group_m}"
-        return f"{self.kernel} {tile} {self.num_warps} warps {self.num_stages} stages{group}"
+        parts = [
+            f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k} {self.num_warps} warps "
+            f"{self.num_stages} stages",
+            f"groups of {self.group_m}" if self.group_m != 8 else "",
+            f"K in {self.split_k}" if self.split_k != 1 else "",
+            f"persistent {self.persistent}/SM" if self.persistent else "",
+            f"stored in {self.subtiles}" if self.subtiles != 1 else "",
+            "flattened" if self.flatten else "",
+            "warp-specialized" if self.warp_specialize else "",
+        ]
+        return " ".join(part for part in parts if part)
+
+
+def impossible(config: Config) -> str | None:
+    """Why no kernel has this combination, or None if one does. Whether it fits a chip is another question."""
+    c = config
+    if c.kernel not in ("pointer", "tma", "library") or c.dtype not in ("float16", "bfloat16", "float32", "tf32"):
+        return "unknown kernel or dtype"
+    if c.kernel == "library":
+        return None if dataclasses.astuple(c)[2:] == _UNTILED else "cuBLAS chooses its own tiles"
+    powers = (c.block_m, c.block_n, c.block_k, c.num_warps, c.subtiles)
+    if min(powers) < 1 or any(size & (size - 1) for size in powers):
+        return "blocks, warps and subtiles must be powers of two"
+    if min(c.num_stages, c.group_m, c.split_k) < 1 or c.persistent < 0:
+        return "stages, groups and splits start at 1"
+    if c.split_k > 1 and c.kernel != "pointer":
+        return "only the pointer kernel splits K"
+    if c.persistent and c.kernel != "tma":
+        return "only the TMA kernel is persistent"
+    if not c.persistent and (c.subtiles > 1 or c.flatten or c.warp_specialize):
+        return "only a persistent kernel has subtiles, flattening and warp specialization"
+    if c.block_n // c.subtiles < 16:
+        return "a subtile has at least 16 columns"
+    return None
+
+
+# The fields after kernel and dtype of a configuration that has no tile.
+_UNTILED = (0, 0, 0, 0, 0, 8, 1, 0, 1, False, False)
 
 
 @dataclass(frozen=True)

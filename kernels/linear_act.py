@@ -17,7 +17,70 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .act_pass import act_fwd
 from .activations import apply_activation
 from .configs import Config, get_config
-from .runtime import arch_of, on_device
+from .runtime import arch_of, num_sms, on_device
+
+
+@triton.jit
+def _tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of an output tile. Tiles in groups of GROUP_M rows share their W tiles in L2."""
+    num_tiles_m = tl.cdiv(M, BLOCK_M)
+    num_tiles_n = tl.cdiv(N, BLOCK_N)
+    num_tiles_in_group = GROUP_M * num_tiles_n
+    first_tile_m = (tile // num_tiles_in_group) * GROUP_M
+    group_size_m = tl.minimum(num_tiles_m - first_tile_m, GROUP_M)
+    tile_m = first_tile_m + (tile % num_tiles_in_group) % group_size_m
+    tile_n = (tile % num_tiles_in_group) // group_size_m
+    return tile_m * BLOCK_M, tile_n * BLOCK_N
+
+
+@triton.jit
+def _bias_tile(bias_ptr, start_n, N, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The bias in every row, fp32; zeros without one."""
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if HAS_BIAS:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        tile += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return tile
+
+
+@triton.jit
+def _store(
+    acc,
+    out_ptr,
+    preact_ptr,
+    start_m,
+    start_n,
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    SAVE_PREACT: tl.constexpr,
+    TMA: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):
+    """Write a tile of pre-activations and their activation, in SUBTILES slices of columns one after the other."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if SUBTILES > 1:
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        middle = start_n + BLOCK_N // 2
+        _store(left, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES // 2)
+        _store(right, out_ptr, preact_ptr, start_m, middle, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES // 2)
+    elif TMA:
+        if SAVE_PREACT:
+            preact_ptr.store([start_m, start_n], acc.to(preact_ptr.dtype))
+        out_ptr.store([start_m, start_n], apply_activation(acc, ACTIVATION, out_ptr.dtype).to(out_ptr.dtype))
+    else:
+        # One 64-bit base for the tile and 32-bit offsets inside it: 64-bit offsets per element would spill.
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        cols = tl.arange(0, BLOCK_N)[None, :]
+        base = start_m.to(tl.int64) * N + start_n
+        offs = rows * N + cols
+        mask = (start_m + rows < M) & (start_n + cols < N)
+        if SAVE_PREACT:
+            tl.store(preact_ptr + base + offs, acc.to(preact_ptr.dtype.element_ty), mask=mask)
+        out = apply_activation(acc, ACTIVATION, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + base + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -27,6 +90,8 @@ def linear_act_fwd_kernel(
     bias_ptr,
     out_ptr,
     preact_ptr,
+    partial_ptr,
+    arrived_ptr,
     M,
     N,
     K,
@@ -44,63 +109,80 @@ def linear_act_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
-    """With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused."""
-    # Tiles in groups of GROUP_M rows share their W tiles in L2.
-    pid = tl.program_id(0)
-    num_pid_m = tl.cdiv(M, BLOCK_M)
-    num_pid_n = tl.cdiv(N, BLOCK_N)
-    num_pid_in_group = GROUP_M * num_pid_n
-    first_pid_m = (pid // num_pid_in_group) * GROUP_M
-    group_size_m = tl.minimum(num_pid_m - first_pid_m, GROUP_M)
-    pid_m = first_pid_m + (pid % num_pid_in_group) % group_size_m
-    pid_n = (pid % num_pid_in_group) // group_size_m
-    start_m = pid_m * BLOCK_M
-    start_n = pid_n * BLOCK_N
+    """With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused.
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if TMA:
-        for k in range(0, K, BLOCK_K):
-            x = x_ptr.load([start_m, k])
-            w = w_ptr.load([start_n, k])
-            acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)
+    The grid: a block per tile; any number of blocks if PERSISTENT; SPLIT_K blocks per tile, one after the other.
+    partial_ptr, fp32 ``[tiles, SPLIT_K, BLOCK_M, BLOCK_N]``, and arrived_ptr, zeros ``[tiles]``, serve SPLIT_K > 1.
+    """
+    num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if PERSISTENT:
+        first, stop, step = tl.program_id(0), num_tiles, tl.num_programs(0)
     else:
-        # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
-        rows = tl.minimum(offs_m, M - 1).to(tl.int64)
-        cols = tl.minimum(offs_n, N - 1).to(tl.int64)
-        offs_k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-        w_ptrs = w_ptr + cols[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
-        for k in range(0, K, BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_ptrs)
-                w = tl.load(w_ptrs)
-            else:
-                mask_k = offs_k < K - k
-                x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-                w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
-            x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
-            w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
+        first, stop, step = 0, 1, 1  # constants: the compiler drops the loop
+    for index in tl.range(first, stop, step, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
+        tile = index if PERSISTENT else tl.program_id(0) // SPLIT_K
+        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_k, stop_k = 0, K
+        if SPLIT_K > 1:
+            split = tl.program_id(0) % SPLIT_K
+            share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+            start_k, stop_k = split * share, tl.minimum((split + 1) * share, K)
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        # A sum that starts from the bias adds it while the first tiles load, not after the last. Triton cannot
+        # warp-specialize such a loop, and spills on sm_100 when it flattens one.
+        BIAS_FIRST: tl.constexpr = SPLIT_K == 1 and not FLATTEN and not WARP_SPECIALIZE
+        acc = _bias_tile(bias_ptr, start_n, N, HAS_BIAS and BIAS_FIRST, BLOCK_M, BLOCK_N)
+        if TMA:
+            for k in range(start_k, stop_k, BLOCK_K):
+                x = x_ptr.load([start_m, k])
+                w = w_ptr.load([start_n, k])
+                acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)
+        else:
+            # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
+            rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+            cols = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+            offs_k = tl.arange(0, BLOCK_K)
+            ks = start_k + offs_k.to(tl.int64)
+            x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+            w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
+            for k in range(start_k, stop_k, BLOCK_K):
+                if EVEN_K:
+                    x = tl.load(x_ptrs)
+                    w = tl.load(w_ptrs)
+                else:
+                    mask_k = offs_k < K - k
+                    x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+                    w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+                acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+                x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
+                w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
 
-    if TMA:
-        if SAVE_PREACT:
-            preact_ptr.store([start_m, start_n], acc.to(preact_ptr.dtype))
-        out_ptr.store([start_m, start_n], apply_activation(acc, ACTIVATION, out_ptr.dtype).to(out_ptr.dtype))
-    else:
-        # One 64-bit base for the tile and 32-bit offsets inside it: 64-bit offsets per element would spill.
-        base = start_m.to(tl.int64) * N + start_n
-        offs = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        if SAVE_PREACT:
-            tl.store(preact_ptr + base + offs, acc.to(preact_ptr.dtype.element_ty), mask=mask)
-        out = apply_activation(acc, ACTIVATION, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + base + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        if SPLIT_K == 1:
+            if HAS_BIAS and not BIAS_FIRST:
+                acc += _bias_tile(bias_ptr, start_n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
+            _store(acc, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
+        else:
+            SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+            offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            partials = partial_ptr + tl.cast(tile, tl.int64) * (SPLIT_K * SIZE) + offs
+            tl.store(partials + split * SIZE, acc, cache_modifier=".cg")
+            # One thread counts for the block. The barrier orders the other threads' stores before its release, and the
+            # one through which it tells them the count orders its acquire before their loads: whoever arrives last
+            # sees every partial sum.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
+            if arrived == SPLIT_K - 1:
+                # In the order of the splits, not of their arrival: the same call gives the same bits.
+                total = _bias_tile(bias_ptr, start_n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
+                for i in tl.static_range(SPLIT_K):
+                    total += tl.load(partials + i * SIZE, cache_modifier=".cg")
+                _store(total, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
 
 
 def linear_act_fwd(
@@ -136,20 +218,31 @@ def linear_act_fwd(
     arguments: tuple[Any, ...] = (x, weight, out, preact)
     if tma:
         tiles = [(config.block_m, config.block_k), (config.block_n, config.block_k)]
-        tiles += 2 * [(config.block_m, config.block_n)]
+        tiles += 2 * [(config.block_m, config.block_n // config.subtiles)]
         arguments = tuple(
             None if tensor is None else TensorDescriptor.from_tensor(tensor, list(tile))
             for tensor, tile in zip(arguments, tiles, strict=True)
         )
     x_arg, w_arg, out_arg, preact_arg = arguments
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    partial = arrived = None
+    num_tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    num_blocks = num_tiles * config.split_k
+    if config.persistent:
+        num_blocks = min(num_tiles, config.persistent * num_sms(x.device))
+    if config.split_k > 1:
+        # Allocated and zeroed by each call on its own stream: calls that overlap, replayed graphs and launches that
+        # died halfway leave nothing behind that another could read.
+        partial = x.new_empty(num_blocks * config.block_m * config.block_n, dtype=torch.float32)
+        arrived = x.new_zeros(num_tiles, dtype=torch.int32)
     with on_device(x):
-        linear_act_fwd_kernel[grid](
+        linear_act_fwd_kernel[(num_blocks,)](
             x_arg,
             w_arg,
             bias.contiguous() if bias is not None else None,
             out_arg,
             preact_arg,
+            partial,
+            arrived,
             M,
             N,
             K,
@@ -167,6 +260,11 @@ def linear_act_fwd(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
+            SPLIT_K=config.split_k,
+            PERSISTENT=config.persistent > 0,
+            SUBTILES=config.subtiles,
+            FLATTEN=config.flatten,
+            WARP_SPECIALIZE=config.warp_specialize,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,

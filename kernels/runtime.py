@@ -10,6 +10,7 @@ import triton
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 INTERPRETER_ARCH = 0
+INTERPRETER_SMS = 2
 
 
 @functools.cache
@@ -21,6 +22,16 @@ def _arch_of_index(index: int | None) -> int:
 def arch_of(device: torch.device) -> int:
     """Compute capability as one number (90 for sm_90), or ``INTERPRETER_ARCH``."""
     return INTERPRETER_ARCH if INTERPRETED else _arch_of_index(device.index)
+
+
+@functools.cache
+def _num_sms_of_index(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors; few in the interpreter, so that persistent blocks have several tiles each."""
+    return INTERPRETER_SMS if INTERPRETED else _num_sms_of_index(device.index)
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:

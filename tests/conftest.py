@@ -33,6 +33,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         tensor = allocate(*args, **kwargs)
         if tensor.is_floating_point():
             tensor.detach().fill_(float("nan"))
+        elif tensor.dtype == torch.int32:
+            tensor.fill_(-7)
         return tensor
 
     return poisoned
@@ -40,7 +42,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors hold NaN, so that an element that a kernel leaves unwritten cannot look right by chance."""
+    """New tensors hold NaN, counters a wrong number: an element left unwritten cannot look right by chance."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

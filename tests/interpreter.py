@@ -221,7 +221,7 @@ def sanitized() -> Iterator[Sanitizer]:
         (GridExecutor, "_init_args_hst"): GridExecutor._init_args_hst,
         (GridExecutor, "__call__"): GridExecutor.__call__,
     }
-    masked_load, masked_store, *_, init_args, launch = originals.values()
+    masked_load, masked_store, atomic_rmw, _, init_args, launch = originals.values()
 
     def checked_load(self: InterpreterBuilder, pointers: TensorHandle, mask: Any, *args: Any, **kwargs: Any) -> Any:
         current[-1].check("reads", pointers, mask)
@@ -233,8 +233,16 @@ def sanitized() -> Iterator[Sanitizer]:
         current[-1].store(pointers, mask)
         return masked_store(self, pointers, value, mask, *args, **kwargs)
 
-    def atomic(self: InterpreterBuilder, *args: Any) -> Any:
-        raise SanitizerError("atomics are not watched, and their order would make results vary")
+    def counted(
+        self: InterpreterBuilder, operation: Any, pointers: TensorHandle, value: Any, mask: Any, *args: Any
+    ) -> Any:
+        if pointers.get_element_ty().is_floating():
+            raise SanitizerError("the order of floating-point atomics would make results vary")
+        current[-1].check("counts", pointers, mask)
+        return atomic_rmw(self, operation, pointers, value, mask, *args)
+
+    def exchanged(self: InterpreterBuilder, *args: Any) -> Any:
+        raise SanitizerError("compare-and-swap is not watched")
 
     def watched_init_args(self: GridExecutor, args: Any, kwargs: dict[str, Any]) -> Any:
         # The interpreter may copy arguments to the host: their addresses there are what its pointers hold.
@@ -256,7 +264,7 @@ def sanitized() -> Iterator[Sanitizer]:
             finally:
                 del current[depth:]
 
-    patches = (checked_load, checked_store, atomic, atomic, watched_init_args, watched_launch)
+    patches = (checked_load, checked_store, counted, exchanged, watched_init_args, watched_launch)
     for (owner, name), patch in zip(originals, patches, strict=True):
         setattr(owner, name, patch)
     try:

@@ -21,7 +21,8 @@ from checks import (
 )
 
 from bert_fused import ops
-from bert_fused.kernels.act_grad import BLOCK_N, ROWS_PER_PROGRAM, act_bwd
+from bert_fused.kernels.act_grad import BLOCK_M, BLOCK_N, MAX_ROWS_PER_PROGRAM, act_bwd, rows_per_program
+from bert_fused.kernels.runtime import INTERPRETER_SMS
 from bert_fused.reference import linear_act as eager
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -29,15 +30,27 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 DIFFERENTIABLE = [activation for activation in ACTIVATIONS if activation != "none"]
 
-# Rows and columns on both sides of a program's share.
-SHAPES = [
-    (1, 1),
-    (1, BLOCK_N + 1),
-    (ROWS_PER_PROGRAM - 1, 33),
-    (ROWS_PER_PROGRAM, BLOCK_N),
-    (ROWS_PER_PROGRAM + 1, 37),
-    (2 * ROWS_PER_PROGRAM + 17, BLOCK_N + 9),
-]
+# Rows and columns on both sides of a program's share, which is of one step, two and four.
+SHAPES = [(1, 1), (1, BLOCK_N + 1), (127, 33), (256, BLOCK_N), (257, 37), (273, BLOCK_N + 9)]
+
+
+def test_shapes_have_programs_of_several_steps() -> None:
+    shares = [rows_per_program(M, N, INTERPRETER_SMS) for M, N in SHAPES]
+    assert sorted({share // BLOCK_M for share in shares}) == [1, 2, 4]
+    assert any(M % share == 0 for (M, _), share in zip(SHAPES, shares, strict=True) if share > BLOCK_M)
+    assert any(M % share for (M, _), share in zip(SHAPES, shares, strict=True) if share > BLOCK_M)
+
+
+@pytest.mark.parametrize("N", [1536, 3072, 4096])
+@pytest.mark.parametrize("M", [1, 512, 2048, 32768, 2**20])
+def test_rows_per_program(M: int, N: int) -> None:
+    """Blocks for an H100's 132 SMs where there are rows for them, and no more rows of sums than that takes."""
+    rows = rows_per_program(M, N, 132)
+    assert rows % BLOCK_M == 0
+    assert BLOCK_M <= rows <= MAX_ROWS_PER_PROGRAM
+    blocks = -(-M // rows) * -(-N // BLOCK_N)
+    assert blocks >= 4 * 132 or rows == BLOCK_M
+    assert blocks <= 8 * 132 + N or rows == MAX_ROWS_PER_PROGRAM
 
 
 def make_saved(activation: str, M: int, N: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +91,7 @@ def test_integers_are_exact(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 @all_dtypes
 def test_layouts_of_d_out(dtype: torch.dtype, layout: str) -> None:
     """Strides change nothing, those of ``out.sum().backward()``, which are all 0, included."""
-    d_out, saved = make_saved("gelu", ROWS_PER_PROGRAM + 3, 37, dtype)
+    d_out, saved = make_saved("gelu", 259, 37, dtype)
     view = d_out[0, 0].expand_as(d_out) if layout == "scalar" else with_layout(d_out, layout)
     ours = act_bwd(view, saved, activation="gelu", bias_grad=True)
     expected = act_bwd(view.contiguous(), saved, activation="gelu", bias_grad=True)
@@ -91,7 +104,7 @@ def test_layouts_of_d_out(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["row_slice", "column_slice", "transposed", "expanded", "offset1"])
 def test_layouts_of_saved(layout: str) -> None:
     """Also a saved tensor that is not the forward's own output."""
-    d_out, saved = make_saved("gelu", ROWS_PER_PROGRAM + 3, 37, torch.float16)
+    d_out, saved = make_saved("gelu", 259, 37, torch.float16)
     view = with_layout(saved, layout)
     d_preact, _ = act_bwd(d_out, view, activation="gelu", bias_grad=True)
     assert d_preact.is_contiguous()
@@ -113,7 +126,7 @@ def test_no_rows_give_a_zero_bias_gradient(dtype: torch.dtype, shape: tuple[int,
 
 @all_dtypes
 def test_without_bias_gradient(dtype: torch.dtype) -> None:
-    d_out, saved = make_saved("gelu", ROWS_PER_PROGRAM + 3, 37, dtype)
+    d_out, saved = make_saved("gelu", 259, 37, dtype)
     before = d_out.clone(), saved.clone()
     alone, none = act_bwd(d_out, saved, activation="gelu", bias_grad=False)
     assert none is None
@@ -124,7 +137,7 @@ def test_without_bias_gradient(dtype: torch.dtype) -> None:
 
 @all_dtypes
 def test_same_call_same_bits(dtype: torch.dtype) -> None:
-    d_out, saved = make_saved("gelu", 2 * ROWS_PER_PROGRAM + 17, 37, dtype)
+    d_out, saved = make_saved("gelu", 273, 37, dtype)
     first, second = (act_bwd(d_out, saved, activation="gelu", bias_grad=True) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one is not None

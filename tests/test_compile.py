@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import estimate
-from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets
-from bert_fused.kernels.configs import SHARED_MEMORY, shipped_configs
+from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets, linear_times, pass_times
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, shipped_configs
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -89,8 +88,10 @@ sys.exit(sass.main(["--arch", "80"]))
     assert re.search(r"budget broken: linear_act_fwd 80 float16 pointer 128x256x64 .* gelu: \d+ spills", result.stderr)
 
 
-GOOD_ROW = {"kernel": "linear_act_fwd", "arch": 90, "config": "tma 128x128x64 4 warps 3 stages", "spills": 0}
-GOOD_ROW |= {"shared_bytes": 98328, "mma_instructions": 8, "ctas_per_sm": 2}
+GOOD_ROW = {"kernel": "linear_act_fwd", "arch": 90, "dtype": "bfloat16", "config": "tma 128x128x64 4 warps 3 stages"}
+GOOD_ROW |= {"activation": "gelu", "save_preact": False, "spills": 0, "shared_bytes": 98328, "mma_instructions": 8}
+GOOD_ROW |= {"ctas_per_sm": 2, "epilogue_per_element": 10.0}
+BACKWARD = {"kernel": "act_bwd", "config": "", "epilogue_per_element": None}
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,13 @@ GOOD_ROW |= {"shared_bytes": 98328, "mma_instructions": 8, "ctas_per_sm": 2}
         ({"shared_bytes": 232449}, "232449 bytes of shared memory"),
         ({"mma_instructions": 0}, "no matrix instruction"),
         ({"ctas_per_sm": 1}, "1 blocks per SM instead of 2"),
+        ({"epilogue_per_element": 10.1}, "10.1 instructions per element, budget 10.0"),
+        ({"epilogue_per_element": 11.0, "save_preact": True}, None),
+        ({"epilogue_per_element": 12.1, "dtype": "float16"}, "12.1 instructions per element, budget 12.0"),
+        (BACKWARD | {"derivative_per_element": 16.0}, None),
+        (BACKWARD | {"derivative_per_element": 16.1}, "16.1 instructions per element, budget 16.0"),
     ],
-    ids=["good", "spills", "shared", "mma", "blocks"],
+    ids=["good", "spills", "shared", "mma", "blocks", "epilogue", "preact", "fp16", "derivative", "derivative-over"],
 )
 def test_budgets(change: dict[str, Any], reason: str | None) -> None:
     broken = broken_budgets(GOOD_ROW | change)
@@ -117,20 +123,20 @@ def test_an_unknown_architecture_is_refused() -> None:
     assert "expected some of 80, 86, 89, 90, 100, 120, got '90,frog'" in result.stderr
 
 
-def test_the_model_of_a_tile() -> None:
-    """By hand: H100, 128x128 tiles of BERT-base at M = 8192: 1536 tiles, 12 on the busiest of 132 SMs."""
-    product = 2 * 128 * 128 * 768 / (989e6 / 132)
-    epilogue = 10 * 128 * 128 / 128 / 1830
-    alone = estimate.linear_us(90, (8192, 3072, 768), (128, 128), "bfloat16", 1.0, 1, 10.0)
-    assert alone == pytest.approx(2.6 + 12 * (product + epilogue))
-    hidden = estimate.linear_us(90, (8192, 3072, 768), (128, 128), "bfloat16", 1.0, 2, 10.0)
-    assert hidden == pytest.approx(2.6 + 12 * product + epilogue)
-    assert estimate.linear_us(90, (8192, 3072, 768), (128, 128), "bfloat16", 1e9, 2, 10.0) == pytest.approx(
-        2.6 + 1e9 * 1e-6 / 3.35
-    )
-    assert estimate.roofline_us(90, 989e6, 0.0, "bfloat16") == pytest.approx(1.0)
-    assert estimate.roofline_us(90, 989e6, 0.0, "tf32") == pytest.approx(2.0)
-    assert estimate.roofline_us(90, 0.0, 3.35e6, "bfloat16") == pytest.approx(1.0)
+def test_modelled_times_by_hand() -> None:
+    """What BERT-base needs at M = 8192 on an H100, by data sheet, and what a pass over memory takes."""
+    tile = Config("tma", "bfloat16", 128, 128, 64, num_warps=4, num_stages=3)
+    times = linear_times(tile, (8192, 3072, 768), 90)
+    assert times["shape"] == "8192x3072x768"
+    assert times["roofline_us"] == round(2 * 8192 * 3072 * 768 / (132 * 4096 * 1.755e3), 1)
+    assert times["roofline_us"] < times["modelled_us"] < 2 * times["roofline_us"]
+    half_rate = linear_times(Config("pointer", "tf32", 128, 128, 32, 8, 3), (8192, 3072, 768), 90)
+    assert half_rate["roofline_us"] == pytest.approx(2 * times["roofline_us"], abs=0.1)
+    few_rows = linear_times(tile, (1, 3072, 768), 90)
+    assert few_rows["roofline_us"] == round(2 * (768 + 3072 * 768 + 3072) / (132 * 14.4 * 1.755e3), 1)
+    one_pass = pass_times(2, "float32", 90)
+    assert one_pass["roofline_us"] == round(2 * 4 * 8192 * 3072 / (132 * 14.4 * 1.755e3), 1)
+    assert one_pass["modelled_us"] > one_pass["roofline_us"]
 
 
 def test_a_tile_too_large_is_seen_to_spill() -> None:
@@ -162,6 +168,58 @@ def test_sixteen_bit_activations_are_exact_ones() -> None:
     for row in [*gelus, kernels[3]]:
         assert "min.NaN.f32" in row["ptx"]
         assert not re.search(r"min\.f32", row["ptx"])
+
+
+CANDIDATES_SCRIPT = """
+import json
+import sys
+from benchmarks.sass import compile_linear, inspect
+from bert_fused.kernels.candidates import candidates, shared_bytes
+arch = int(sys.argv[1])
+shapes = [(M, N, K) for N, K in ((3072, 768), (4096, 1024), (768, 768)) for M in (1, 64, 256, 1024, 8192)]
+offered = dict.fromkeys(c for shape in shapes for c in candidates(*shape, "bfloat16", arch) if c.kernel != "library")
+rows = []
+for config in offered:
+    compiled = compile_linear(config, arch, activation="gelu")
+    tile = config.block_m * config.block_n
+    stats = inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
+    row = {"config": str(config), "persistent": config.persistent, "estimate": shared_bytes(config, arch)}
+    rows.append(row | stats)
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_candidates_compile_without_spills(arch: int) -> None:
+    """Whatever the tuner is offered, split, persistent and warp-specialized kernels included."""
+    rows = json.loads(run_compiler("-c", CANDIDATES_SCRIPT, str(arch)).splitlines()[-1])
+    assert len(rows) > 20
+    assert any("K in 2" in row["config"] for row in rows)
+    assert any(row["persistent"] for row in rows) == (arch >= 90)
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["mma_instructions"] > 0, row
+        assert row["estimate"] - 1024 <= row["shared_bytes"] <= row["estimate"], row
+        assert row["ctas_per_sm"] >= max(row["persistent"], 1), row
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_partial_sums_are_published_before_they_are_counted(arch: int) -> None:
+    """The order that the kernel's memory argument rests on: store, barrier, counting at GPU scope, barrier, load."""
+    call = f"compile_linear(Config('pointer', 'bfloat16', 16, 32, 128, 4, 4, split_k=2), {arch}, activation='gelu')"
+    (kernel,) = compile_kernels(call)
+    order = r"st\.global\.cg|ld\.global\.cg|bar\.sync|atom\.global\.gpu\.acq_rel\.add"
+    found = re.findall(order, kernel["ptx"])
+    counted = found.index("atom.global.gpu.acq_rel.add")
+    assert found[counted - 2 : counted + 2] == [
+        "st.global.cg",
+        "bar.sync",
+        "atom.global.gpu.acq_rel.add",
+        "bar.sync",
+    ]
+    assert found.count("atom.global.gpu.acq_rel.add") == 1
+    assert "st.global.cg" not in found[counted:]
+    assert found[counted:].count("ld.global.cg") == found.count("ld.global.cg") == 2
 
 
 def multiplications(ttir: str) -> list[str]:

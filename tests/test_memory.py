@@ -12,9 +12,10 @@ from checks import DTYPES, LAYOUTS, assert_forward, dtype_name, make_inputs, sha
 from interpreter import Sanitizer, SanitizerError
 from interpreter import sanitized as sanitize
 
-from bert_fused.kernels.act_grad import BLOCK_N, ROWS_PER_PROGRAM, act_bwd
+from bert_fused.kernels.act_grad import BLOCK_N, act_bwd, rows_per_program
 from bert_fused.kernels.configs import Config
 from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.kernels.runtime import INTERPRETER_SMS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -84,7 +85,7 @@ def test_layouts(sanitized: Sanitizer, argument: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "column_slice", "transposed", "expanded"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1), (ROWS_PER_PROGRAM - 1, 33), (ROWS_PER_PROGRAM + 1, BLOCK_N + 1), (ROWS_PER_PROGRAM, BLOCK_N)],
+    [(1, 1), (127, 33), (257, BLOCK_N + 1), (256, BLOCK_N)],
     ids=shape_name,
 )
 @all_dtypes
@@ -94,7 +95,8 @@ def test_backward_kernel(sanitized: Sanitizer, dtype: torch.dtype, shape: tuple[
     act_bwd(with_layout(d_out, layout), saved, activation="silu", bias_grad=True)
     act_bwd(with_layout(d_out, layout), saved, activation="silu", bias_grad=False)
     with_bias, without = sanitized.launches
-    assert with_bias.stored == {"d_preact_ptr": M * N, "partial_ptr": triton.cdiv(M, ROWS_PER_PROGRAM) * N}
+    sums = triton.cdiv(M, rows_per_program(M, N, INTERPRETER_SMS))
+    assert with_bias.stored == {"d_preact_ptr": M * N, "partial_ptr": sums * N}
     assert without.stored == {"d_preact_ptr": M * N}
 
 
@@ -168,7 +170,7 @@ def unmasked_kernel(src_ptr, dst_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def atomic_kernel(dst_ptr, BLOCK: tl.constexpr):
-    tl.atomic_add(dst_ptr + tl.arange(0, BLOCK), 1.0)
+    tl.atomic_add(dst_ptr + tl.arange(0, BLOCK), 1)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +201,15 @@ def test_row_padding_is_outside() -> None:
         unmasked_kernel[(1,)](src, dst, 8)
 
 
-def test_atomics_are_refused() -> None:
+def test_atomics_are_refused_on_floats_and_watched_on_counters() -> None:
     with sanitize(), pytest.raises(SanitizerError, match="atomics"):
         atomic_kernel[(1,)](torch.zeros(8), 8)
+    with sanitize(), pytest.raises(SanitizerError, match="counts 1 elements of 4 bytes outside"):
+        atomic_kernel[(1,)](torch.zeros(7, dtype=torch.int32), 8)
+    counters = torch.zeros(8, dtype=torch.int32)
+    with sanitize():
+        atomic_kernel[(2,)](counters, 8)
+    assert torch.equal(counters, torch.full((8,), 2, dtype=torch.int32))
 
 
 def test_clean_launches_pass_and_the_watch_ends() -> None:

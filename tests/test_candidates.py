@@ -1,0 +1,71 @@
+"""What the tuner is offered, and that the cycle model ranks as its parts say."""
+
+import dataclasses
+
+import pytest
+
+from bert_fused.kernels import candidates as module
+from bert_fused.kernels.candidates import candidates, modelled_clocks, resident_blocks, shared_bytes
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config
+
+SHAPES = [(3072, 768), (4096, 1024), (1536, 384), (768, 768), (384, 384)]
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32"])
+def test_candidates_fit_and_hold_lookups_choice_and_the_library(dtype: str, arch: int) -> None:
+    for N, K in SHAPES:
+        for M in (1, 16, 17, 64, 300, 512, 2048, 65536):
+            offered = candidates(M, N, K, dtype, arch)
+            assert offered[0] == get_config(M, N, K, dtype, arch, aligned=True)
+            assert Config("library", dtype) in offered
+            assert len(offered) == len(set(offered))
+            assert 4 <= len(offered) <= 40
+            assert offered == candidates(M, N, K, dtype, arch)
+            for config in offered:
+                assert config.dtype == dtype
+                if config.kernel != "library":
+                    assert shared_bytes(config, arch) <= SHARED_MEMORY[arch], config
+                assert config.kernel != "tma" or 90 <= arch < 120
+
+
+def test_library_alone_where_no_kernel_serves() -> None:
+    assert candidates(512, 3072, 768, "float32", 90) == [Config("library", "float32")]
+    assert candidates(512, 3072, 0, "bfloat16", 90) == [Config("library", "bfloat16")]
+
+
+def test_the_interpreter_is_offered_what_it_can_run() -> None:
+    offered = candidates(512, 3072, 768, "float32", 0)
+    assert offered[-1] == Config("library", "float32")
+    assert max(config.block_m * config.block_n for config in offered) <= 1024
+
+
+def test_variants_are_offered_where_they_can_pay() -> None:
+    def offered(M: int, N: int, K: int) -> list[Config]:
+        return candidates(M, N, K, "bfloat16", 90)
+
+    assert {config.split_k for config in offered(1, 768, 768)} == {1, 2, 4}
+    assert {config.split_k for config in offered(1, 768, 384)} == {1}, "K too short"
+    assert {config.split_k for config in offered(4096, 768, 768)} == {1}, "tiles enough"
+    assert any(config.persistent for config in offered(8192, 3072, 768))
+    assert not any(config.persistent for config in offered(512, 768, 768)), "one tile a block"
+    for config in offered(8192, 3072, 768):
+        assert not config.persistent or config.persistent <= resident_blocks(config, 90), config
+
+
+def test_the_model_ranks_as_its_parts_say() -> None:
+    """More rows, more time; an exposed epilogue costs; splitting K costs a launch; a mostly empty tile wastes."""
+    tile = Config("tma", "bfloat16", 128, 128, 64, 4, 3)
+
+    def clocks(config: Config, M: int, N: int = 3072, K: int = 768) -> float:
+        return modelled_clocks(config, M, N, K, 90)
+
+    assert clocks(tile, 2048) < clocks(tile, 4096) < clocks(tile, 8192)
+    one_block = dataclasses.replace(tile, num_stages=4, block_k=128)
+    assert resident_blocks(tile, 90) == 2
+    assert resident_blocks(one_block, 90) == 1
+    assert clocks(tile, 8192) < clocks(one_block, 8192)
+    narrow = Config("pointer", "bfloat16", 16, 32, 128, 4, 4)
+    split = dataclasses.replace(narrow, split_k=2)
+    assert clocks(split, 1) - clocks(narrow, 1) > module.LAUNCH / 2
+    assert clocks(narrow, 8) < clocks(tile, 8)
