@@ -17,15 +17,15 @@ EAGER_RATIO = 1.001
 def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
     """The errors of ``function(x, weight, bias)`` against fp64.
 
-    Two tests, both must pass. A sweep of pre-activations that every dtype holds exactly tells one function from another
-    (tanh GELU from erf), however it rounds. On the given data the promised bound holds, or eager's error.
+    Two tests, both must pass. A sweep of pre-activations that every dtype (and TF32) holds exactly tells one function
+    from another (tanh GELU from erf), however it rounds. On the given data the promised bound holds, or eager's error.
 
     Raises:
         ValueError: the result is wrong.
     """
     sweep_x, sweep_weight = torch.zeros_like(x), torch.zeros_like(weight)
     sweep_x[..., 0] = 1
-    sweep_weight[:, 0] = torch.linspace(-6, 6, len(weight))
+    sweep_weight[:, 0] = torch.linspace(-6, 6, len(weight)).bfloat16()
     _, _, outside = _errors(function, activation, sweep_x, sweep_weight, torch.zeros_like(bias))
     if outside:
         raise ValueError(f"wrong result: not {activation}, {outside} elements of a sweep are outside the bound")
