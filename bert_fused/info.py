@@ -81,9 +81,7 @@ def _reason(why: Entry | str, M: int, arch: int, device: str) -> str:
         return f"shipped table ({shipped_table(arch)['source'].partition(':')[0]}){nearest}"
     m = why.measured
     where = "here" if why in load_user_table(arch, device) else "for the shipped table"
-    return (
-        f"measured {where} on {m.date}: {m.us:g} us, cuBLAS + pass {m.library_us:g}, eager {m.eager_us:g}{nearest}"
-    )
+    return f"measured {where} on {m.date}: {m.us:g} us, cuBLAS + pass {m.library_us:g}, eager {m.eager_us:g}{nearest}"
 
 
 def _version(package: str) -> str:

@@ -62,7 +62,7 @@ def test_demo_fails_if_results_differ(monkeypatch, tiny_model, capsys) -> None:
     import bert_fused.modules
 
     honest = bert_fused.modules.linear_act
-    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a: honest(*a) * 1.001)
+    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a, **k: honest(*a, **k) * 1.001)
     assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model]) == 1
     assert "FAILED: fused and unfused differ" in capsys.readouterr().err
 
