@@ -7,7 +7,6 @@ written one by one, so that a run that is cut off keeps what it had. Exits with 
 """
 
 import argparse
-import collections
 import contextlib
 import datetime
 import importlib.metadata
@@ -28,7 +27,7 @@ from .kernels import user_tables
 from .kernels.candidates import candidates
 from .kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
 from .timing import graph_sampler
-from .tuning import EAGER, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, tune_shape
+from .tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, tune_shape
 
 HELP = "measure this GPU once, and prefer what is fastest from then on"
 
@@ -57,10 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes", type=_parse_dtypes, default=DTYPES[:2], metavar="DTYPE,...", help=f"of {', '.join(DTYPES)}"
     )
-    parser.add_argument("--device", type=torch.device, default="cuda", help="which GPU, as cuda:1 (the current one)")
-    parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="also write a table to contribute to kernels/tables"
-    )
+    parser.add_argument("--device", default="cuda", help="which GPU, as cuda:1; default the current one")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="also write a table to contribute: kernels/tables")
     parser.set_defaults(run=run)
 
 
@@ -74,7 +71,7 @@ def _parse_dtypes(text: str) -> tuple[str, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        return _run(arguments, find_gpu(arguments.device))
+        return _run(arguments, find_gpu(arguments.device), graph_sampler)
     except TuneError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
@@ -99,7 +96,7 @@ def find_gpu(name: str) -> Gpu:
     return Gpu(device, name_of(device), arch_of(device))
 
 
-def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf = graph_sampler) -> int:
+def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
     start = time.monotonic()
     todo = [Shape(M, N, K, dtype) for M, N, K in arguments.shapes or bert.all_shapes() for dtype in arguments.dtypes]
     for shape in todo:
@@ -108,27 +105,28 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf = graph_
     if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
         raise TuneError(f"there is no folder {arguments.export.resolve().parent} to export to")
     source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
-    keep = _keeper(gpu, source, exporting=arguments.export is not None)
     known = {(e.m, e.n, e.k, e.config.dtype) for e in load_user_table(gpu.arch, gpu.name)}
+    keep = _keeper(gpu, source, exporting=arguments.export is not None)
     todo.sort(key=lambda shape: (shape.M, shape.N, shape.K, shape.dtype) in known)
     print(f"{gpu.name}, sm_{gpu.arch}, {versions()}: {len(todo)} shapes, at most {arguments.budget:.0f} s\n")
 
     entries: list[Entry] = []
     kept = 0
-    failures: collections.Counter[str] = collections.Counter()
+    failures: dict[str, list[str]] = {}
     with _progress(len(todo)) as advance:
-        for shape, outcome in measure(todo, gpu, deadline=start + arguments.budget, sampler_of=sampler_of):
+        for shape, outcome in measure(todo, gpu, Budget(start + arguments.budget), sampler_of):
             advance()
             print(f"{shape!s:<26}{describe(outcome)}", flush=True)
             if isinstance(outcome, Outcome):
-                failures.update(f"{name}: {reason}" for name, reason in outcome.failed.items())
+                for name, reason in outcome.failed.items():
+                    failures.setdefault(f"{shape.dtype} {name}", []).append(reason)
                 entries.append(entry_of(shape, outcome))
                 kept += keep(entries[-1])
     print(f"\n{len(entries)} of {len(todo)} shapes measured in {time.monotonic() - start:.0f} s")
     if len(entries) < len(todo):
         print("run it again for the rest, which then goes first")
-    for failure, times in failures.items():
-        print(f"failed at {times} shapes: {failure}", file=sys.stderr)
+    for name, reasons in failures.items():
+        print(f"{name} failed at {len(reasons)} shapes: {reasons[0]}", file=sys.stderr)
     if kept:
         print(f"table: {user_tables.table_path(gpu.arch, gpu.name)}")
     if arguments.export is not None:
@@ -163,15 +161,15 @@ def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool
 
 
 def measure(
-    shapes: Iterable[Shape], gpu: Gpu, *, deadline: float, sampler_of: SamplerOf = graph_sampler
+    shapes: Iterable[Shape], gpu: Gpu, budget: Budget, sampler_of: SamplerOf
 ) -> Iterator[tuple[Shape, Outcome | NotMeasured]]:
-    """Each shape with what was found, in the order given, until ``deadline`` or Ctrl-C."""
+    """Each shape with what was found, in the order given, until the budget ends or Ctrl-C."""
     for shape in shapes:
-        if time.monotonic() > deadline:
+        if not budget.suffices():
             return
         proposed = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
         try:
-            outcome = tune_shape(shape, proposed, gpu.device, deadline=deadline, sampler_of=sampler_of)
+            outcome = tune_shape(shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of)
         except NotMeasured as reason:
             yield shape, reason
         except torch.OutOfMemoryError:

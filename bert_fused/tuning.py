@@ -61,6 +61,23 @@ class Outcome:
     unseen: int
 
 
+@dataclass
+class Budget:
+    """Time on ``time.monotonic()``; ``longest`` is the longest preparation so far, mostly a compilation, in seconds."""
+
+    deadline: float
+    longest: float = 0.0
+
+    @property
+    def end_of_rounds(self) -> float:
+        """The chosen one is compiled once more afterwards, and checked twice."""
+        return self.deadline - 2 * self.longest
+
+    def suffices(self) -> bool:
+        """Whether one more candidate can be prepared."""
+        return time.monotonic() + self.longest <= self.end_of_rounds
+
+
 class NotMeasured(Exception):
     """A shape has no result; the message says why."""
 
@@ -75,10 +92,10 @@ def tune_shape(
     candidates: Sequence[Config],
     device: torch.device,
     *,
-    deadline: float,
+    budget: Budget,
     sampler_of: SamplerOf = graph_sampler,
 ) -> Outcome:
-    """Choose among ``candidates``, which are in order of preference, before ``deadline`` on ``time.monotonic()``.
+    """Choose among ``candidates``, which are in order of preference.
 
     The library goes first, whether or not it is among them. Eager PyTorch is timed beside them.
 
@@ -93,16 +110,15 @@ def tune_shape(
     first: dict[str, float] = {}
     failed: dict[str, str] = {}
     unseen = 0
-    longest = 0.0
     with _fp32_products(shape.dtype):
         buffers = make_buffers(shape, device)
         x, weight, bias = buffers[0]
         checked = (x[:CHECKED_ROWS], weight, bias)
         for name, function in _rivals(shape, configs).items():
-            begin = time.monotonic()
-            if begin + 2 * longest > deadline:  # for this one, and for the chosen one's second compilation
+            if not budget.suffices():
                 unseen += 1
                 continue
+            begin = time.monotonic()
             with _recording(failed, name, device):
                 check(function, shape.activation, *checked)
                 sampler = sampler_of(rotated(function, buffers))
@@ -112,13 +128,13 @@ def tune_shape(
                     samplers[name] = sampler
             if name in bars and name in failed:
                 raise NotMeasured(f"{name}: {failed[name]}")
-            longest = max(longest, time.monotonic() - begin)
+            budget.longest = max(budget.longest, time.monotonic() - begin)
         if not samplers.keys() >= set(bars) or (unseen and len(first) + len(failed) == len(bars)):
             raise NotMeasured("out of time")
         # Those that were let in early were compared with fewer.
         limit = HOPELESS * min(first.values())
         finalists = {name: sampler for name, sampler in samplers.items() if name in bars or first[name] <= limit}
-        samples = interleave(finalists, rounds=ROUNDS, deadline=deadline - longest)
+        samples = interleave(finalists, rounds=ROUNDS, deadline=budget.end_of_rounds)
         if len(samples[EAGER]) < MIN_ROUNDS:
             raise NotMeasured("out of time")
         timed = {config: samples[str(config)] for config in configs if str(config) in samples}
