@@ -84,14 +84,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     )
 
 
-def _preact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The pre-activation again: by the kernel of the forward, so that it has the bits that would have been saved."""
-    if forward_ad_is_active():
-        return torch.nn.functional.linear(x, weight, bias)
-    preact: Tensor = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, "none", False)[0]
-    return preact
-
-
 def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of ``linear_act_fwd``'s inputs. ``d_preact_direct`` comes only from a double backward."""
     x, weight, bias, saved = ctx.saved_tensors
@@ -99,7 +91,8 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
     if not ctx.save_preact or torch.compiler.is_compiling():
         d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
     if ctx.recompute:
-        saved = _preact(x, weight, bias)
+        # By the kernel of the forward, so that it has the bits that would have been saved.
+        saved = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, "none", False)[0]
     d_bias: Tensor | None = None
     if d_out is None:
         d_preact = d_preact_direct

@@ -80,6 +80,16 @@ def test_a_measured_entry_is_preferred_within_its_reach(folder: Path, caplog: py
     assert not caplog.records
 
 
+def test_what_is_measured_here_goes_before_what_is_shipped_for_the_same_shape(monkeypatch, tmp_path: Path) -> None:
+    rows = [entry_row(entry(M, config=Config("library", "float16"))) for M in (500, 4096)]
+    (tmp_path / "sm_90.json").write_text(json.dumps({"arch": 90, "source": "a test", "entries": rows}))
+    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    remember([entry(512)], 90, GPU, "a test")
+    assert shipped(500) == Config("library", "float16")
+    assert lookup(500) == lookup(2048) == TILE
+    assert lookup(4096) == Config("library", "float16")
+
+
 def test_nearest_measured_rows_in_logarithm() -> None:
     other = Config("library", "float16")
     remember([entry(64), entry(512, config=other)], 90, GPU, "a test")
