@@ -16,6 +16,7 @@ from bert_fused import shapes, tune, tuning
 from bert_fused.__main__ import main
 from bert_fused.kernels import configs, user_tables
 from bert_fused.kernels import linear_act as launcher
+from bert_fused.kernels.candidates import candidates
 from bert_fused.kernels.configs import Config, Entry, Measured, forget_tables, get_config, load_user_table, parse_rows
 from bert_fused.timing import Call, Sampler, ratio
 from bert_fused.tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, Shape, pick, tune_shape
@@ -336,9 +337,19 @@ def test_no_time_for_a_candidate_is_no_result(clock: Clock) -> None:
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     """A machine with a GPU: the interpreter's architecture, under a name, timed by the stub."""
     monkeypatch.setattr(tune, "find_gpu", lambda name: tune.Gpu(CPU, NAME, 0))
+    monkeypatch.setattr(tune, "candidates", lambda *_: [SMALL, WINNER])
     made = Stub({"pointer 32x32x32 4 warps 1 stages": 8.0, EAGER: 14.0, str(LIBRARY): 12.0})
     monkeypatch.setattr(tune, "graph_sampler", made)
     return made
+
+
+def test_every_proposed_candidate_takes_part() -> None:
+    stub = Stub({})
+    ((_, outcome),) = tune.measure([SHAPE], tune.Gpu(CPU, NAME, 0), Budget(UNHURRIED), stub)
+    assert isinstance(outcome, Outcome)
+    proposed = candidates(SHAPE.M, SHAPE.N, SHAPE.K, SHAPE.dtype, 0)
+    assert stub.samples.keys() == {EAGER, *map(str, proposed)}
+    assert LIBRARY in proposed
 
 
 WINNER = Config("pointer", "float16", 32, 32, 32, num_warps=4, num_stages=1)
