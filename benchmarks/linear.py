@@ -1,9 +1,8 @@
 """The suites modules, pooler and training: one linear layer and its activation, and everyone who computes it."""
 
-import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,18 +24,6 @@ GRADIENT_RATIO = 1.05
 
 def torch_dtype(case: Case) -> torch.dtype:
     return torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
-
-
-@contextlib.contextmanager
-def fp32_precision(case: Case) -> Iterator[None]:
-    """torch's setting of how fp32 matrices are multiplied, as the case wants it."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def problem(case: Case, device: str) -> Problem:
@@ -63,7 +50,9 @@ def make_inputs(case: Case, device: str) -> list[Inputs]:
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, device=device, dtype=torch.float32, generator=g)).to(dtype)
+        values = scale * torch.randn(shape, device=device, generator=g)
+        # TF32 holds what bfloat16 holds: its products are exact then, and fp32's bound can judge them.
+        return (values.bfloat16() if case.dtype == "tf32" else values).to(dtype)
 
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
     shape = (case.M, case.sequence, case.K) if case.suite == "pooler" and case.sequence else (case.M, case.K)
@@ -130,9 +119,11 @@ def _choice(case: Case, device: str) -> str:
     reason = device_reason(torch.device(device), torch_dtype(case))
     if reason is not None:
         return f"PyTorch ({reason})"
-    from bert_fused.kernels.runtime import arch_of
+    from bert_fused.kernels.runtime import arch_of, name_of
 
-    return str(get_config(case.M, case.N, case.K, case.dtype, arch_of(torch.device(device)), aligned=True))
+    where = torch.device(device)
+    config = get_config(case.M, case.N, case.K, case.dtype, arch_of(where), aligned=True, device=name_of(where))
+    return str(config)
 
 
 def _addmm_activation(activation: str) -> list[Implementation]:

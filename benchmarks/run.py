@@ -19,6 +19,7 @@ from benchmarks import ceilings, linear, models
 from benchmarks.cases import SUITES, Case, cases
 from benchmarks.comparison import measure
 from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
+from bert_fused.tuning import fp32_products
 
 # Seconds that a case may take, before one of its kind was seen.
 FIRST_GUESS = {"standard": 1.0, "max-autotune": 60.0}
@@ -98,7 +99,7 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
     # Dynamo gives up on a function after eight shapes, and says so only in its log.
     torch.compiler.reset()
     try:
-        with linear.fp32_precision(case), torch.set_grad_enabled(case.suite == "training"):
+        with fp32_products(case.dtype), torch.set_grad_enabled(case.suite == "training"):
             problem = make(case, device)
             before = gpu_state(device)
             rows = measure(problem, device=device, rounds=arguments.rounds, deadline=deadline)

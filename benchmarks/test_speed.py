@@ -15,6 +15,7 @@ from benchmarks import linear, models
 from benchmarks.cases import SUITES, Case, cases
 from benchmarks.comparison import checked
 from bert_fused.timing import graph_sampler, repeated
+from bert_fused.tuning import fp32_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 10
@@ -32,7 +33,7 @@ def synchronized_time() -> float:
 def test_speed(case: Case, name: str, benchmark: Any) -> None:
     benchmark.group = str(case)
     make = models.problem if case.suite == "models" else linear.problem
-    with linear.fp32_precision(case), torch.set_grad_enabled(case.suite == "training"):
+    with fp32_products(case.dtype), torch.set_grad_enabled(case.suite == "training"):
         problem = make(case, DEVICE)
         (rival,) = (rival for rival in problem.implementations if rival.name == name)
         benchmark.extra_info |= {"config": rival.config, "accuracy": checked(problem, rival)}

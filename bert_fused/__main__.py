@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import demo, info
+from . import demo, info, tune
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help=demo.HELP, description=demo.__doc__))
     info.add_arguments(commands.add_parser("info", help=info.HELP, description=info.__doc__))
+    tune.add_arguments(commands.add_parser("tune", help=tune.HELP, description=tune.__doc__))
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 

@@ -17,8 +17,8 @@ EAGER_RATIO = 1.001
 def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
     """The errors of ``function(x, weight, bias)`` against fp64.
 
-    Two tests, both must pass. A sweep of pre-activations that every dtype holds exactly tells one function from another
-    (tanh GELU from erf), however it rounds. On the given data the promised bound holds, or eager's error.
+    Two tests, both must pass. A sweep of pre-activations that every dtype (and TF32) holds exactly tells one function
+    from another (tanh GELU from erf), however it rounds. On the given data the promised bound holds, or eager's error.
 
     Raises:
         ValueError: the result is wrong.

@@ -38,7 +38,7 @@ class FuseReport:
         return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, recompute_preact: bool = False) -> FuseReport:
     """Fuse every intermediate and pooler block of a Hugging Face model, in place.
 
     Results stay those of the model, gradients included. A module whose parts are not what they seem (an adapter, a
@@ -47,11 +47,15 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Args:
         model: any ``nn.Module`` with modules of the families bert, roberta, xlm-roberta, camembert and electra inside.
+        recompute_preact: train in less memory: each intermediate computes its pre-activation again in the backward pass
+            instead of keeping it (see ``linear_act``). Holds for every module in the report, also one fused before.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    return _fuse(model)[0]
+    report, fused_now, fused_before = _fuse(model)
+    _set_recompute([*fused_now, *fused_before], recompute_preact)
+    return report
 
 
 def unfuse(model: nn.Module) -> None:
@@ -65,32 +69,34 @@ def unfuse(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[FuseReport]:
-    """Fuse within a ``with`` block. What was fused before stays fused after it.
+def fused(model: nn.Module, *, recompute_preact: bool = False) -> Iterator[FuseReport]:
+    """Fuse within a ``with`` block. What was fused before stays as it was, in the block and after it.
 
     The block is the model's, not the thread's: leaving it unfuses the model for every thread that calls it.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    report, swapped = _fuse(model)
+    report, fused_now, _ = _fuse(model)
+    _set_recompute(fused_now, recompute_preact)
     try:
         yield report
     finally:
-        _restore(swapped)
+        _restore(fused_now)
 
 
-def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module]]:
-    """The report, and the modules that were not fused before."""
+def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module], list[nn.Module]]:
+    """The report, the modules that this call fused, and those of the report that were fused before."""
     _check(model)
     modules = _modules()
     if modules is None:
-        return FuseReport((), {"": "transformers is not installed"}), []
+        return FuseReport((), {"": "transformers is not installed"}), [], []
 
     names: list[str] = []
     skipped: dict[str, str] = {}
     paths: dict[str, str] = {}
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    fused_before: list[nn.Module] = []
     with _lock:
         matched_by_name = _names_others_match(model)
         for name, module in model.named_modules():
@@ -104,7 +110,9 @@ def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module]]:
             if reason is not None:
                 skipped[name] = reason
                 continue
-            if not already:
+            if already:
+                fused_before.append(module)
+            else:
                 swapped.append((module, target))
             names.append(name)
             paths[name] = modules.path_of(module)
@@ -113,7 +121,15 @@ def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module]]:
     if not names and not skipped:
         families = "bert, roberta, xlm-roberta, camembert, electra"
         skipped[""] = f"{type(model).__name__} holds no intermediate or pooler module of the families {families}"
-    return FuseReport(tuple(names), skipped, paths), [module for module, _ in swapped]
+    return FuseReport(tuple(names), skipped, paths), [module for module, _ in swapped], fused_before
+
+
+def _set_recompute(modules: Iterable[nn.Module], recompute_preact: bool) -> None:
+    for module in modules:
+        if recompute_preact:
+            module.recompute_preact = True  # type: ignore[assignment]
+        else:
+            module.__dict__.pop("recompute_preact", None)
 
 
 def _names_others_match(model: nn.Module) -> set[str]:
@@ -129,13 +145,14 @@ def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuse within a ``with`` block, then fuse the same modules again."""
     modules = _modules()
     was_fused = [module for module in model.modules() if modules and modules.original_class(module)]
-    classes = [type(module) for module in was_fused]
+    before = [(type(module), module.__dict__.get("recompute_preact", False)) for module in was_fused]
     _restore(was_fused)
     try:
         yield
     finally:
         with _lock:
-            for module, kind in zip(was_fused, classes, strict=True):
+            for module, (kind, recompute_preact) in zip(was_fused, before, strict=True):
+                _set_recompute([module], recompute_preact)
                 module.__class__ = kind
 
 
@@ -148,6 +165,7 @@ def _restore(candidates: Iterable[nn.Module]) -> None:
             original = modules.original_class(module)
             if original is not None:
                 module.__class__ = original
+                module.__dict__.pop("recompute_preact", None)
 
 
 def _modules() -> ModuleType | None:

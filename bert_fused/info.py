@@ -4,21 +4,29 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from .dispatch import KERNEL_DTYPES, device_reason, interpreted
-from .kernels.configs import get_config, load_table
+from .kernels import user_tables
+from .kernels.configs import Entry, choose, load_table, load_user_table, shipped_table
+from .shapes import MODELS, Sizes, aligned, parse_shapes
 
 HELP = "versions, device, and which path each dtype and shape takes"
 
-# BertIntermediate's K and N; the pooler's N is its K.
-MODELS = {"MiniLM": (384, 1536), "BERT-base": (768, 3072), "BERT-large": (1024, 4096)}
 ROWS = (1, 32, 512, 2048, 32768)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, help="show the choices for this compute capability, as 90, without a GPU")
+    parser.add_argument(
+        "--shapes",
+        nargs="?",
+        type=parse_shapes,
+        metavar="MxNxK,...",
+        help=f"show the choices for these, or for all of a model ({', '.join(MODELS)})",
+    )
     parser.set_defaults(run=run)
 
 
@@ -29,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     print(f"{'device':<13}{_describe(device)}\n")
     if arguments.arch is not None:
-        _print_choices(arguments.arch, KERNEL_DTYPES)
+        _print_choices(arguments.arch, "", KERNEL_DTYPES, arguments.shapes)
         return 0
     served = []
     for dtype in (*KERNEL_DTYPES, torch.float64):
@@ -39,27 +47,41 @@ def run(arguments: argparse.Namespace) -> int:
             served.append(dtype)
     if served:
         print()
-        from .kernels.runtime import arch_of
+        from .kernels.runtime import arch_of, name_of
 
-        _print_choices(arch_of(device), tuple(served))
+        _print_choices(arch_of(device), name_of(device), tuple(served), arguments.shapes)
     else:
         print("\nWhat a GPU would choose: python -m bert_fused info --arch 90")
     return 0
 
 
-def _print_choices(arch: int, dtypes: tuple[torch.dtype, ...]) -> None:
+def _print_choices(
+    arch: int, device: str, dtypes: tuple[torch.dtype, ...], shapes: Sequence[Sizes] | None = None
+) -> None:
     origin = "its table" if load_table(arch) else "no table: computed defaults"
-    print(f"sm_{arch}, {origin}; tensors on 16-byte boundaries")
-    print(f"{'dtype':<10}{'model':<11}{'K':>5}{'N':>6}  {'rows':>6}  choice")
+    print(f"sm_{arch}, {origin}; tensors on 16-byte boundaries where their sizes allow")
+    if load_user_table(arch, device):
+        print(f"measured on this machine: {user_tables.table_path(arch, device)}")
+    print(f"{'dtype':<10}{'M':>6}{'N':>6}{'K':>6}  {'choice':<46}because")
+    shapes = shapes or [(M, N, K) for K, N in MODELS.values() for M in ROWS]
     for dtype in dtypes:
         name = _name(dtype)
         if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
             name = "tf32"
-        for model, (K, N) in MODELS.items():
-            for M in ROWS:
-                config = get_config(M, N, K, name, arch, aligned=True)
-                reason = " (IEEE fp32 has no tensor cores)" if config.kernel == "library" and name == "float32" else ""
-                print(f"{name:<10}{model:<11}{K:>5}{N:>6}  {M:>6}  {config}{reason}")
+        for M, N, K in shapes:
+            config, why = choose(M, N, K, name, arch, aligned=aligned(N, K, name), device=device)
+            print(f"{name:<10}{M:>6}{N:>6}{K:>6}  {config!s:<46}{_reason(why, M, arch, device)}")
+
+
+def _reason(why: Entry | str, M: int, arch: int, device: str) -> str:
+    if isinstance(why, str):
+        return why
+    nearest = "" if why.m == M else f", nearest to M = {why.m}"
+    if why.measured is None:
+        return f"shipped table ({shipped_table(arch)['source'].partition(':')[0]}){nearest}"
+    m = why.measured
+    where = "here" if why in load_user_table(arch, device) else "for the shipped table"
+    return f"measured {where} on {m.date}: {m.us:g} us, cuBLAS + pass {m.library_us:g}, eager {m.eager_us:g}{nearest}"
 
 
 def _version(package: str) -> str:

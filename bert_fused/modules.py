@@ -158,6 +158,11 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], getattr(kind, "original", kind))
 
 
+def _recompute_now(module: nn.Module) -> bool:
+    """The module's choice, also if another thread has unfused it since the call began."""
+    return bool(getattr(module, "recompute_preact", False))
+
+
 def _must_step_aside(original: type[nn.Module], dense: Any, hidden_states: Any) -> bool:
     """What can change between calls; ``linear_act`` looks at the tensors."""
     return type(hidden_states) is not Tensor or linear_reason(dense) is not None or _class_is_patched(original)
@@ -165,6 +170,8 @@ def _must_step_aside(original: type[nn.Module], dense: Any, hidden_states: Any) 
 
 class _FusedIntermediate(nn.Module):
     original: type[nn.Module]
+    # An argument of ``linear_act``. Where it is true it is an attribute of the instance, which ``fuse`` sets.
+    recompute_preact = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         original = _original_now(self)
@@ -172,11 +179,13 @@ class _FusedIntermediate(nn.Module):
         if activation is None or _must_step_aside(original, self.dense, hidden_states):
             return cast(Tensor, original.forward(self, hidden_states))
         dense = cast(nn.Linear, self.dense)
-        return linear_act(hidden_states, dense.weight, dense.bias, activation)
+        recompute = _recompute_now(self)
+        return linear_act(hidden_states, dense.weight, dense.bias, activation, recompute_preact=recompute)
 
 
 class _FusedPooler(nn.Module):
     original: type[nn.Module]
+    recompute_preact = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         original = _original_now(self)
@@ -184,7 +193,8 @@ class _FusedPooler(nn.Module):
         if activation is None or _must_step_aside(original, self.dense, hidden_states) or hidden_states.dim() != 3:
             return cast(Tensor, original.forward(self, hidden_states))
         dense = cast(nn.Linear, self.dense)
-        return cls_pool(hidden_states, dense.weight, dense.bias, activation)
+        recompute = _recompute_now(self)
+        return cls_pool(hidden_states, dense.weight, dense.bias, activation, recompute_preact=recompute)
 
 
 class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]

@@ -88,10 +88,11 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
     """Gradients of ``linear_act_fwd``'s inputs. ``d_preact_direct`` comes only from a double backward."""
     x, weight, bias, saved = ctx.saved_tensors
     x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
-    if not ctx.save_preact:
-        d_preact_direct = None  # of an empty tensor
+    if not ctx.save_preact or torch.compiler.is_compiling():
+        d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
     if ctx.recompute:
-        saved = torch.nn.functional.linear(x, weight, bias)
+        # By the kernel of the forward, so that it has the bits that would have been saved.
+        saved = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, "none", False)[0]
     d_bias: Tensor | None = None
     if d_out is None:
         d_preact = d_preact_direct
@@ -133,7 +134,14 @@ torch.library.register_autograd(
 )
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    recompute_preact: bool = False,
+) -> Tensor:
     """``act(x @ weight.T + bias)``, differentiable, in one kernel launch where a kernel serves.
 
     Args:
@@ -142,6 +150,10 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         bias: ``[N]`` or None.
         activation: one of ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"quick_gelu"``,
             ``"tanh"``, ``"none"``.
+        recompute_preact: train in less memory: keep no pre-activation, ``[..., N]``, for the backward pass, which
+            computes it again from x, weight and bias at the price of one more matrix product. Gradients have the same
+            bits. ReLU and tanh, which need only the result, keep none either way; the PyTorch path keeps what eager
+            keeps.
 
     Returns:
         ``[..., N]``, of x's dtype, or of autocast's where autocast is on.
@@ -168,7 +180,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if needs_grad:
-        save_preact = activation not in (*GRAD_FROM_OUTPUT, "none")
+        save_preact = not recompute_preact and activation not in (*GRAD_FROM_OUTPUT, "none")
         out: Tensor = _LinearAct.apply(rows, weight, bias, activation, save_preact)[0]  # type: ignore[no-untyped-call]
     elif torch.compiler.is_compiling():
         out = torch.ops.bert_fused.linear_act_fwd(rows, weight, bias, activation, False)[0]
@@ -180,12 +192,19 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def cls_pool(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "tanh") -> Tensor:
+def cls_pool(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "tanh",
+    *,
+    recompute_preact: bool = False,
+) -> Tensor:
     """``act(hidden_states[:, 0] @ weight.T + bias)``: BERT's pooler. The first row of each sequence is read in place.
 
     Args:
         hidden_states: ``[B, S, K]``, S at least 1.
-        weight, bias, activation: as for ``linear_act``.
+        weight, bias, activation, recompute_preact: as for ``linear_act``.
 
     Returns:
         ``[B, N]``.
@@ -197,7 +216,7 @@ def cls_pool(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, 
         raise TypeError(f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}")
     if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
         raise ValueError(f"hidden_states must be [B, S, K] with S >= 1, got shape {tuple(hidden_states.shape)}")
-    return linear_act(hidden_states[:, 0], weight, bias, activation)
+    return linear_act(hidden_states[:, 0], weight, bias, activation, recompute_preact=recompute_preact)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

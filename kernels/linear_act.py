@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .act_pass import act_fwd
 from .activations import apply_activation
 from .configs import Config, get_config
-from .runtime import arch_of, num_sms, on_device
+from .runtime import arch_of, name_of, num_sms, on_device
 
 
 @triton.jit
@@ -204,9 +204,9 @@ def linear_act_fwd(
     if M == 0 or N == 0:
         return x.new_empty(M, N), x.new_empty(M, N) if save_preact else None
     if config is None:
-        config = get_config(
-            M, N, K, _precision(x.dtype), arch_of(x.device), aligned=_is_aligned(x, N) and _is_aligned(weight, N)
-        )
+        aligned = _is_aligned(x, N) and _is_aligned(weight, N)
+        precision, arch, device = _precision(x.dtype), arch_of(x.device), name_of(x.device)
+        config = get_config(M, N, K, precision, arch, aligned=aligned, device=device)
     if config.kernel == "library":
         product = torch.nn.functional.linear(x, weight, bias)
         out = act_fwd(product, activation, out=torch.empty_like(product) if save_preact else product)

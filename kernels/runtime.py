@@ -34,6 +34,16 @@ def num_sms(device: torch.device) -> int:
     return INTERPRETER_SMS if INTERPRETED else _num_sms_of_index(device.index)
 
 
+@functools.cache
+def _name_of_index(index: int | None) -> str:
+    return str(torch.cuda.get_device_name(index))
+
+
+def name_of(device: torch.device) -> str:
+    """The GPU's name, under which its measured table is kept; empty for the interpreter, which has none."""
+    return "" if INTERPRETED else _name_of_index(device.index)
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

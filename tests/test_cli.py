@@ -62,7 +62,7 @@ def test_demo_fails_if_results_differ(monkeypatch, tiny_model, capsys) -> None:
     import bert_fused.modules
 
     honest = bert_fused.modules.linear_act
-    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a: honest(*a) * 1.001)
+    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a, **k: honest(*a, **k) * 1.001)
     assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model]) == 1
     assert "FAILED: fused and unfused differ" in capsys.readouterr().err
 
@@ -150,8 +150,8 @@ def test_info_without_a_gpu() -> None:
 def test_info_of_an_architecture(capsys) -> None:
     assert main(["info", "--arch", "90"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"bfloat16 +BERT-base +768 +3072 +2048 +tma 128x128x64", out)
-    assert re.search(r"float32 .*cuBLAS \+ activation pass \(IEEE fp32 has no tensor cores\)", out)
+    assert re.search(r"bfloat16 +2048 +3072 +768 +tma 128x128x64 .*shipped table \(computed\), nearest to M = ", out)
+    assert re.search(r"float32 .*cuBLAS \+ activation pass +IEEE fp32 has no tensor cores", out)
     assert main(["info", "--arch", "120"]) == 0
     assert "no table: computed defaults" in capsys.readouterr().out
 

@@ -32,7 +32,7 @@ def config(name: int, dtype: str = "float16") -> Config:
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> None:
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     entries = (
         Entry(16, None, None, config(1)),
         Entry(256, None, None, config(2)),
@@ -42,7 +42,11 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
         Entry(64, None, None, config(6, "bfloat16")),
         Entry(64, None, None, Config("library", "tf32")),
     )
-    monkeypatch.setattr(configs, "load_table", lambda arch: entries if arch == 90 else ())
+    configs._entries_for.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(configs, "load_table", lambda arch: entries if arch == 90 else ())
+        yield
+    configs._entries_for.cache_clear()
 
 
 @pytest.mark.usefixtures("table")
@@ -55,10 +59,16 @@ def test_nearest_rows_in_logarithm(M: int, expected: int) -> None:
 
 
 @pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("M", [1, 16, 512, 4096])
+@pytest.mark.parametrize("M", [128, 256, 512, 2048])
 def test_an_entry_for_the_shape_beats_nearer_rows(M: int) -> None:
     assert get_config(M, 3072, 768, "float16", 90, aligned=True) == config(4)
     assert get_config(M, 768, 3072, "float16", 90, aligned=True) != config(4)
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(("M", "expected"), [(0, 1), (1, 1), (127, 2), (2049, 3), (2**20, 3)])
+def test_an_entry_for_the_shape_reaches_a_factor_of_four(M: int, expected: int) -> None:
+    assert get_config(M, 3072, 768, "float16", 90, aligned=True) == config(expected)
 
 
 @pytest.mark.usefixtures("table")

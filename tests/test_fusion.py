@@ -417,7 +417,7 @@ def test_verify_keeps_the_random_state_of_a_model_that_draws() -> None:
 def test_verify_finds_a_difference(planted, monkeypatch) -> None:
     model = make()
     honest = bert_fused.modules.linear_act
-    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a: honest(*a) + planted)
+    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a, **k: honest(*a, **k) + planted)
     result = verify(model, **inputs())
     assert result.max_abs_error > 1e-4
     if planted != 1e-3:
@@ -444,7 +444,7 @@ def test_verify_gives_both_calls_the_same_start() -> None:
     assert seen == []
     assert ids.tolist() == [[2, 3, 4]]
     honest = bert_fused.modules.linear_act
-    bert_fused.modules.linear_act = lambda *a: honest(*a) + 1
+    bert_fused.modules.linear_act = lambda *a, **k: honest(*a, **k) + 1
     try:
         assert verify(model, ids, seen).max_abs_error > 0.01
     finally:

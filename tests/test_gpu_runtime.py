@@ -1,10 +1,12 @@
 """A fused call among graphs, streams, settings and models on an NVIDIA GPU. ``make gpu`` runs this."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor
 
 import bert_fused
 from bert_fused import linear_act
-from bert_fused.kernels.runtime import arch_of
+from bert_fused.__main__ import main
+from bert_fused.kernels import configs
+from bert_fused.kernels.runtime import arch_of, name_of
 from bert_fused.reference import linear_act as eager
 
 pytestmark = MARKS
@@ -152,6 +156,53 @@ def test_torch_compile_takes_the_fused_model() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")(**batch)
     for name in ("last_hidden_state", "pooler_output"):
         assert (compiled[name] - expected[name]).abs().max() < 1e-3
+
+
+@needs_gpu
+def test_recomputing_takes_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Peaks of one training step of four blocks; printed, for whoever wants the figures."""
+    M, N, K, blocks = 8192, 3072, 768, 4
+    x = torch.randn(M, K, device=DEVICE).bfloat16().requires_grad_()
+    weights = [(0.02 * torch.randn(N, K, device=DEVICE)).bfloat16().requires_grad_() for _ in range(blocks)]
+    projections = [(0.02 * torch.randn(K, N, device=DEVICE)).bfloat16() for _ in range(blocks)]
+
+    def step(recompute: bool) -> tuple[Tensor, int]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        hidden = x
+        for weight, projection in zip(weights, projections, strict=True):
+            hidden = hidden + linear_act(hidden, weight, recompute_preact=recompute) @ projection.t()
+        (d_x,) = torch.autograd.grad(hidden.float().square().mean(), x)
+        torch.cuda.synchronize()
+        return d_x, torch.cuda.max_memory_allocated() - before
+
+    step(False)
+    (kept, peak), (recomputed, lower) = step(False), step(True)
+    assert torch.equal(kept, recomputed)
+    with capsys.disabled():
+        print(f"\npeak of a training step: {peak / 2**20:.0f} MiB, recomputing {lower / 2**20:.0f} MiB")
+    # One block's pre-activation lives during its backward pass either way.
+    assert peak - lower >= 0.9 * (blocks - 1) * M * N * 2
+
+
+@needs_gpu
+def test_tune_measures_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("BERT_FUSED_TABLES", str(tmp_path))
+    configs.forget_tables()
+    try:
+        shapes = ["--shapes", "512x3072x768", "--dtypes", "bfloat16"]
+        assert main(["tune", "--budget", "60", *shapes, "--export", str(tmp_path / "exported.json")]) == 0
+        with capsys.disabled():
+            print(f"\n{capsys.readouterr().out}")
+        (entry,) = configs.load_user_table(arch_of(DEVICE), name_of(DEVICE))
+        data = inputs("unit", 512, 3072, 768, torch.bfloat16)
+        assert_forward(linear_act(data.x, data.weight, data.bias), data.x, data.weight, data.bias, "gelu")
+        assert main(["info", *shapes[:2]]) == 0
+        assert re.search(rf"bfloat16 .*{re.escape(str(entry.config))} +measured here on", capsys.readouterr().out)
+    finally:
+        monkeypatch.undo()
+        configs.forget_tables()
 
 
 MEMCHECK = """

@@ -1,0 +1,270 @@
+"""Measure this GPU once: which configuration is fastest for each of BERT's shapes, beside cuBLAS and eager PyTorch.
+
+Every candidate's numbers are checked against fp64 before it is timed. The winners go into a table in the user's cache
+directory, which lookup prefers from then on. Shapes are measured in order of rank, those without an entry first, and
+written one by one, so that a run that is cut off keeps what it had. Exits with 1 if nothing was measured or kept, with
+2 if it cannot start.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import shapes as bert
+from .dispatch import device_reason, interpreted
+from .kernels import user_tables
+from .kernels.candidates import candidates
+from .kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
+from .timing import graph_sampler
+from .tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, tune_shape
+
+HELP = "measure this GPU once, and prefer what is fastest from then on"
+
+DTYPES = ("bfloat16", "float16", "tf32")
+
+
+class TuneError(Exception):
+    """Tuning cannot start; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    device: torch.device
+    name: str
+    arch: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="stop after this long (300)")
+    parser.add_argument(
+        "--shapes",
+        type=bert.parse_shapes,
+        metavar="MxNxK,...",
+        help=f"measure these, or those of a model ({', '.join(bert.MODELS)}); default all three models",
+    )
+    parser.add_argument(
+        "--dtypes", type=_parse_dtypes, default=DTYPES[:2], metavar="DTYPE,...", help=f"of {', '.join(DTYPES)}"
+    )
+    parser.add_argument("--device", default="cuda", help="which GPU, as cuda:1; default the current one")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="also write a table to contribute: kernels/tables")
+    parser.set_defaults(run=run)
+
+
+def _parse_dtypes(text: str) -> tuple[str, ...]:
+    dtypes = tuple(dict.fromkeys(text.split(",")))
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise argparse.ArgumentTypeError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
+    return dtypes
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        return _run(arguments, find_gpu(arguments.device), graph_sampler)
+    except TuneError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU to measure; raises TuneError where there is none."""
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not torch.cuda.is_available():
+        raise TuneError("tuning needs an NVIDIA GPU, and there is none that PyTorch can use")
+    if index and not (index.isdecimal() and int(index) < torch.cuda.device_count()):
+        raise TuneError(f"there is no GPU {name}")
+    device = torch.device("cuda", int(index) if index else torch.cuda.current_device())
+    reason = device_reason(device, torch.float16)
+    if reason is None and interpreted():
+        reason = "TRITON_INTERPRET is set"
+    if reason is not None:
+        raise TuneError(f"no kernel runs on this GPU: {reason}")
+    from .kernels.runtime import arch_of, name_of
+
+    torch.cuda.set_device(device)
+    return Gpu(device, name_of(device), arch_of(device))
+
+
+def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
+    start = time.monotonic()
+    todo = [Shape(M, N, K, dtype) for M, N, K in arguments.shapes or bert.all_shapes() for dtype in arguments.dtypes]
+    for shape in todo:
+        if not bert.aligned(shape.N, shape.K, shape.dtype):
+            raise TuneError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries, there is no choice")
+    if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
+        raise TuneError(f"there is no folder {arguments.export.resolve().parent} to export to")
+    source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
+    known = {(e.m, e.n, e.k, e.config.dtype) for e in load_user_table(gpu.arch, gpu.name)}
+    keep = _keeper(gpu, source, exporting=arguments.export is not None)
+    todo.sort(key=lambda shape: (shape.M, shape.N, shape.K, shape.dtype) in known)
+    print(f"{gpu.name}, sm_{gpu.arch}, {versions()}: {len(todo)} shapes, at most {arguments.budget:.0f} s\n")
+
+    entries: list[Entry] = []
+    kept = 0
+    failures: dict[str, list[str]] = {}
+    with _progress(len(todo)) as advance:
+        for shape, outcome in measure(todo, gpu, Budget(start + arguments.budget), sampler_of):
+            advance()
+            print(f"{shape!s:<26}{describe(outcome)}", flush=True)
+            if isinstance(outcome, Outcome):
+                for name, reason in outcome.failed.items():
+                    failures.setdefault(f"{shape.dtype} {name}", []).append(reason)
+                entries.append(entry_of(shape, outcome))
+                kept += keep(entries[-1])
+    print(f"\n{len(entries)} of {len(todo)} shapes measured in {time.monotonic() - start:.0f} s")
+    if len(entries) < len(todo):
+        print("run it again for the rest, which then goes first")
+    for name, reasons in failures.items():
+        print(f"{name} failed at {len(reasons)} shapes: {reasons[0]}", file=sys.stderr)
+    if kept:
+        print(f"table: {user_tables.table_path(gpu.arch, gpu.name)}")
+    if arguments.export is not None:
+        export(arguments.export, gpu, entries, source)
+        print(f"exported: {arguments.export}")
+    return 0 if kept or arguments.export is not None else 1
+
+
+def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool]:
+    """A function that adds an entry to this GPU's table and says whether it is kept there.
+
+    Where the table cannot be written it says so once; at the start that ends the run, unless its results are exported.
+    """
+    where = user_tables.table_path(gpu.arch, gpu.name) or "a table"
+    writable = True
+
+    def keep(*entries: Entry) -> bool:
+        nonlocal writable
+        if writable:
+            try:
+                remember(entries, gpu.arch, gpu.name, source)
+            except OSError as error:
+                writable = False
+                message = f"cannot write {where}: {error.strerror or error}"
+                if not entries and not exporting:
+                    raise TuneError(f"{message}; set BERT_FUSED_TABLES to a folder of yours") from error
+                print(f"tune: {message}", file=sys.stderr)
+        return writable
+
+    keep()
+    return keep
+
+
+def measure(
+    shapes: Iterable[Shape], gpu: Gpu, budget: Budget, sampler_of: SamplerOf
+) -> Iterator[tuple[Shape, Outcome | NotMeasured]]:
+    """Each shape with what was found, in the order given, until the budget ends or Ctrl-C."""
+    for shape in shapes:
+        if not budget.suffices():
+            return
+        proposed = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
+        try:
+            outcome = tune_shape(shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of)
+        except NotMeasured as reason:
+            yield shape, reason
+        except torch.OutOfMemoryError:
+            yield shape, NotMeasured("out of memory")
+        except (GpuUnusable, KeyboardInterrupt) as reason:
+            yield shape, NotMeasured(str(reason) or "interrupted")
+            return
+        else:
+            yield shape, outcome
+        if gpu.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def describe(outcome: Outcome | NotMeasured) -> str:
+    if isinstance(outcome, NotMeasured):
+        return f"not measured: {outcome}"
+    library, eager = outcome.times[_library(outcome)], outcome.times[EAGER]
+    line = f"{outcome.config!s:<44}{outcome.times[str(outcome.config)]:9.2f} us"
+    line += f"   cuBLAS + pass {library:9.2f}   eager {eager:9.2f}"
+    return line + (f"   ({outcome.unseen} candidates not tried)" if outcome.unseen else "")
+
+
+def entry_of(shape: Shape, outcome: Outcome) -> Entry:
+    """The table's entry for a shape, with the medians that decided."""
+    times = [outcome.times[name] for name in (str(outcome.config), _library(outcome), EAGER)]
+    us, library_us, eager_us = (round(microseconds, 3) for microseconds in times)
+    measured = Measured(us, library_us, eager_us, str(datetime.date.today()), versions())
+    return Entry(shape.M, shape.N, shape.K, outcome.config, measured)
+
+
+def _library(outcome: Outcome) -> str:
+    return str(Config("library", outcome.config.dtype))
+
+
+def export(path: Path, gpu: Gpu, entries: Iterable[Entry], source: str) -> None:
+    """Write this GPU's measured entries and, of the shipped table, what they do not replace.
+
+    Raises:
+        TuneError: the file cannot be written, or nothing was measured.
+    """
+    measured = (*load_user_table(gpu.arch, gpu.name), *entries)
+    if not measured:
+        raise TuneError("nothing was measured that could be exported")
+    shipped = shipped_table(gpu.arch)
+    by_shape = {
+        (entry.n is None, entry.config.dtype, entry.n or 0, entry.k or 0, entry.m): entry
+        for entry in (*parse_rows(shipped["entries"]), *measured)
+    }
+    if shipped["source"]:
+        source = f"{source}; entries without measured times: {shipped['source']}"
+    try:
+        user_tables.write(
+            path, {"arch": gpu.arch, "source": source}, [entry_row(by_shape[key]) for key in sorted(by_shape)]
+        )
+    except OSError as error:
+        raise TuneError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def versions() -> str:
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "unknown"
+    return f"torch {torch.__version__}, Triton {triton}"
+
+
+def commit() -> str:
+    """This package's commit ($COMMIT, or of its checkout), else its version."""
+    from . import __version__
+
+    root = Path(__file__).resolve().parent.parent
+    found = os.environ.get("COMMIT", "")
+    if not found and (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return f"commit {found}" if found else f"bert_fused {__version__}"
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar with the time left; none without rich. Yields what to call after each shape."""
+    if importlib.util.find_spec("rich") is None:
+        yield lambda: None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("tune", total=total)
+        yield lambda: progress.advance(task)
