@@ -229,7 +229,7 @@ def _recording(failed: dict[str, str], name: str, device: torch.device) -> Itera
 
 @contextmanager
 def fp32_products(dtype: str) -> Iterator[None]:
-    """torch's setting of how fp32 matrices are multiplied, for eager and the library too, as a ``Config.dtype`` wants."""
+    """torch's setting of how fp32 matrices are multiplied, eager's too, as a ``Config.dtype`` wants it."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
