@@ -17,7 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .act_pass import act_fwd
 from .activations import apply_activation
 from .configs import Config, get_config
-from .runtime import arch_of, on_device
+from .launch import launch
+from .runtime import arch_of
 
 
 @triton.jit
@@ -143,34 +144,35 @@ def linear_act_fwd(
         )
     x_arg, w_arg, out_arg, preact_arg = arguments
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    with on_device(x):
-        linear_act_fwd_kernel[grid](
-            x_arg,
-            w_arg,
-            bias.contiguous() if bias is not None else None,
-            out_arg,
-            preact_arg,
-            M,
-            N,
-            K,
-            x.stride(0),
-            x.stride(1),
-            weight.stride(0),
-            weight.stride(1),
-            ACTIVATION=activation,
-            HAS_BIAS=bias is not None,
-            SAVE_PREACT=save_preact,
-            EVEN_K=K % config.block_k == 0,
-            INPUT_PRECISION="tf32" if config.dtype == "tf32" else "ieee",
-            TMA=tma,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+    launch(
+        linear_act_fwd_kernel,
+        grid,
+        x_arg,
+        w_arg,
+        bias.contiguous() if bias is not None else None,
+        out_arg,
+        preact_arg,
+        M,
+        N,
+        K,
+        x.stride(0),
+        x.stride(1),
+        weight.stride(0),
+        weight.stride(1),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        SAVE_PREACT=save_preact,
+        EVEN_K=K % config.block_k == 0,
+        INPUT_PRECISION="tf32" if config.dtype == "tf32" else "ieee",
+        TMA=tma,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
     return out, preact
 
 
