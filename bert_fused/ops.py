@@ -1,6 +1,6 @@
 """``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -133,8 +133,11 @@ class _LinearAct(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-class _KeptLinearAct(torch.autograd.Function):
-    """``_LinearAct`` after a kept call, whose ``(out, preact)`` it is given, with x of any number of dimensions."""
+class _PlainLinearAct(torch.autograd.Function):
+    """``_LinearAct`` in eager mode: it is given ``(out, preact)``, and x has any number of dimensions.
+
+    A kept call and a new one save the same, since checkpointing compares what forward and recomputation save.
+    """
 
     @staticmethod
     def forward(
@@ -155,7 +158,7 @@ class _KeptLinearAct(torch.autograd.Function):
 _kept_call = replay.calls.get
 
 # What ``apply`` comes to where no functorch transform is active: half of its time goes into asking.
-_apply_kept = super(torch.autograd.Function, _KeptLinearAct).apply
+_apply_plain = super(torch.autograd.Function, _PlainLinearAct).apply
 
 
 torch.library.register_autograd(
@@ -183,20 +186,18 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
-    key = None
-    if not torch.compiler.is_compiling() and is_plain(x, weight, bias):
+    plain = not torch.compiler.is_compiling() and is_plain(x, weight, bias)
+    if plain:
         needs_grad = torch.is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
         key = replay.key_of(x, weight, bias, activation, needs_grad)
         call = _kept_call(key)
-        if call is not None:
-            key = None
-            output = call(x, weight, bias) if call is not False else None
-            if output is not None:
-                if needs_grad:
-                    return _apply_kept(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
-                return output[0]
+        output = call(x, weight, bias) if call is not None else None
+        if output is not None:
+            if needs_grad:
+                return _apply_plain(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
+            return output[0]
     if isinstance(x, Tensor) and x.is_nested:
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
     _check(x, weight, bias, activation)
@@ -210,30 +211,49 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
             log_once(reason)
         return reference.linear_act(x, weight, bias, activation)
 
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    shape = (*x.shape[:-1], weight.shape[0])
-    if key is None:
-        out, _ = _launch(rows, weight, bias, activation)
-    else:
-        with replay.recording() as launches:
-            out, preact = _launch(rows, weight, bias, activation)
-        replay.keep(key, launches, (x, weight, bias, out, preact), shape)
-    # A view cannot be detached in place, and eager's result is none.
-    return out if x.dim() == 2 else out.view(shape)
+    if plain:
+        output = _call_and_keep(key, x, weight, bias, activation, needs_grad)
+        if needs_grad:
+            return _apply_plain(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return output[0]
+    out = _call(_flat(x), weight, bias, activation)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
-    """x ``[M, K]``, all checked; ``(out, preact)``, with a preact where it is saved for a backward pass."""
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """x ``[M, K]``, all checked, to ``[M, N]``, under torch.compile or autocast."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         save_preact = activation not in (*GRAD_FROM_OUTPUT, "none")
-        return _LinearAct.apply(x, weight, bias, activation, save_preact)  # type: ignore[no-any-return, no-untyped-call]
+        return _LinearAct.apply(x, weight, bias, activation, save_preact)[0]  # type: ignore[no-any-return, no-untyped-call]
     if torch.compiler.is_compiling():
-        return torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, False)[0], None
+        return cast(Tensor, torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, False)[0])
     from .kernels.linear_act import linear_act_fwd
 
-    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=False)
+    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=False)[0]
+
+
+def _call_and_keep(
+    key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``(out, preact)`` with x's leading dimensions, as a kept call gives them."""
+    from .kernels.linear_act import linear_act_fwd
+
+    save_preact = needs_grad and activation not in (*GRAD_FROM_OUTPUT, "none")
+    with torch.no_grad(), replay.recording() as launches:
+        out, preact = linear_act_fwd(_flat(x), weight, bias, activation=activation, save_preact=save_preact)
+    shape = (*x.shape[:-1], weight.shape[0])
+    replay.keep(key, launches, (x, weight, bias, out, preact), shape)
+    if x.dim() != 2:
+        # A view cannot be detached in place, and eager's result is none.
+        out = torch.ops.aten._unsafe_view(out, shape)
+        preact = None if preact is None else torch.ops.aten._unsafe_view(preact, shape)
+    return out, preact
 
 
 def cls_pool(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "tanh") -> Tensor:

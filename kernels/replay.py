@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +79,7 @@ class Call:
         return out, preact
 
 
-# False: a call that cannot be kept.
-calls: dict[Any, Call | Literal[False]] = {}
+calls: dict[Any, Call] = {}
 os.register_at_fork(after_in_child=calls.clear)
 
 
@@ -140,9 +139,12 @@ def keep(
 
     tensors: x, weight, bias, out and preact of that call. shape: what out and preact are to have from now on.
     """
+    call = _call(launches, tensors, shape)
+    if call is None or key is None:
+        return
     if len(calls) >= MAX_CALLS:
         calls.clear()
-    calls[key] = _call(launches, tensors, shape) or False
+    calls[key] = call
 
 
 def _call(launches: list[Launch], tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Call | None:

@@ -13,6 +13,7 @@ from typing import Any
 import launch_child
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from benchmarks import stub_driver
@@ -127,13 +128,25 @@ def test_a_kept_call_saves_no_more_than_a_new_one() -> None:
             assert [t is None for t in linear_act(*tensors, activation).grad_fn.saved_tensors] == new
 
 
-def test_the_result_of_a_kept_call_may_be_changed_in_place() -> None:
+@pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
+def test_checkpointing_may_recompute_by_a_kept_call(activation: str) -> None:
+    """It compares what is saved with what the first, new call saved."""
     tensors = leaves((2, 3, 8), (True, True, True))
-    keep(*tensors, "gelu")
-    out = linear_act(*tensors, "gelu")
-    assert not out._is_view()
-    out.mul_(2).sum().backward()
-    out.detach_()
+    out = torch.utils.checkpoint.checkpoint(linear_act, *tensors, activation, use_reentrant=False)
+    call = keep(*tensors, activation)
+    out.sum().backward()
+    assert call.made == 1
+
+
+def test_the_result_of_a_kept_call_may_be_changed_in_place() -> None:
+    for kept in (False, True):
+        tensors = leaves((2, 3, 8), (True, True, True))
+        if kept:
+            keep(*tensors, "gelu")
+        out = linear_act(*tensors, "gelu")
+        assert not out._is_view()
+        out.mul_(2).sum().backward()
+        out.detach_()
 
 
 def test_a_saved_weight_changed_in_place_is_noticed() -> None:
@@ -265,6 +278,7 @@ def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPa
     assert len({replay.key_of(*tensors, "gelu", False) for tensors in ([x, w, b], *moved)}) == 4
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sparse_and_nested_tensors_have_no_dense_ones_key() -> None:
     x, w, b = leaves((6, 8), (False, False, False))
     dense = replay.key_of(x, w, b, "gelu", False)
