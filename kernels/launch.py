@@ -42,7 +42,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
     kinds, passed, places = _read(args)
     device = first.get_device()
     constants = tuple(constexprs.values())
-    key = (kernel, device, *kinds, *constexprs, *constants, *map(type, constants))
+    key = (kernel, device, *kinds, *constexprs, *constants)
     launcher = _kept.get(key)
     # The launcher reads no constexpr, but counts them.
     values = (*passed, *constants)[: len(kernel.arg_names)]

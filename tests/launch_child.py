@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import stub_driver
 from bert_fused import linear_act
@@ -44,6 +45,11 @@ def probe_kernel(a_ptr, b_ptr, n, stride, FLAG: tl.constexpr, BLOCK: tl.constexp
     tl.store(a_ptr + offs, (offs * stride + n + FLAG).to(a_ptr.dtype.element_ty), mask=offs < n)
     if b_ptr is not None:
         tl.store(b_ptr + offs, offs.to(b_ptr.dtype.element_ty), mask=offs < n)
+
+
+@triton.jit
+def descriptor_kernel(descriptor, n):
+    descriptor.store([0, 0], descriptor.load([0, n]))
 
 
 def launched(call: Callable[[], Any], parameters: int = 5) -> tuple[Any, dict[str, Any]]:
@@ -100,7 +106,7 @@ def probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         yield (memory(dtype, offset), b, 32, 48), flags
         yield (a, memory(dtype, offset), 32, 48), flags
     yield (a, None, 32, 48), flags
-    for changed in ({"FLAG": 4}, {"FLAG": True}, {"FLAG": 1}, {"BLOCK": 128}, {"num_warps": 8}, {"num_stages": 5}):
+    for changed in ({"FLAG": 4}, {"FLAG": True}, {"FLAG": 1}, {"BLOCK": 128}, {"num_warps": 8}, {"num_stages": 8}):
         yield (a, b, 32, 48), flags | changed
     yield (a, b, 32, 48), flags | {"enable_fp_fusion": False}
 
@@ -115,6 +121,19 @@ def check_every_kind_of_argument() -> None:
     # As many kernels as kinds, or the cases above could not tell them apart.
     assert len(functions) >= 22, len(functions)
     assert 22 <= len([key for key in launching._kept if key[0] is probe_kernel]) <= len(cases)
+
+
+def check_every_kind_of_descriptor() -> None:
+    functions = set()
+    for _ in range(2):
+        for dtype, block in itertools.product((torch.float16, torch.float32), ([16, 32], [32, 32], [16, 64])):
+            descriptor = TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=dtype), block)
+            compiled = descriptor_kernel[(1,)](descriptor, 32)
+            _, seen = launched(lambda descriptor=descriptor: launch(descriptor_kernel, (1,), descriptor, 32))
+            assert seen["function"] == compiled.function
+            assert seen["params"][0] == descriptor.base.data_ptr()
+            functions.add(compiled.function)
+    assert len(functions) == 6
 
 
 def check_grids_of_every_rank() -> None:
@@ -495,6 +514,22 @@ def check_a_child_starts_with_nothing() -> None:
     if pid == 0:
         os._exit(0 if not launching._kept and not replay.calls else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+class OnDeviceOne(torch.Tensor):
+    def get_device(self) -> int:
+        return 1
+
+
+def check_devices_are_kept_apart() -> None:
+    """A module is loaded once for each device."""
+    (a, b, *numbers), constexprs = next(probes())
+    stub_driver.streams[1] = 0xD1
+    launching._kept.clear()
+    for tensor in (a, a.as_subclass(OnDeviceOne)) * 2:
+        _, seen = launched(lambda tensor=tensor: launch(probe_kernel, (1,), tensor, b, *numbers, **constexprs))
+    assert seen["stream"] == 0xD1
+    assert sorted(key[1] for key in launching._kept) == [-1, 1]
 
 
 def check_another_device_is_made_the_current_one() -> None:

@@ -119,13 +119,28 @@ def test_second_gradients_of_a_kept_call(activation: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_kept_call_saves_no_more_than_a_new_one() -> None:
+def saved_shapes(tensors: list[Tensor], activation: str) -> list[torch.Size]:
+    shapes: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear_act(*tensors, activation)
+    return shapes
+
+
+def test_a_kept_call_saves_what_a_new_one_does() -> None:
     for wanted in WANTED:
         for activation in ("gelu", "relu", "none"):
-            tensors = leaves((5, 8), wanted)
-            new = [t is None for t in linear_act(*tensors, activation).grad_fn.saved_tensors]
-            keep(*tensors, activation)
-            assert [t is None for t in linear_act(*tensors, activation).grad_fn.saved_tensors] == new
+            tensors = leaves((2, 3, 8), wanted)
+            new = saved_shapes(tensors, activation)
+            call = keep(*tensors, activation)
+            assert saved_shapes(tensors, activation) == new
+            assert call.made == 1
+            # x for the weight's gradient, the weight for x's, and what the activation's derivative needs.
+            assert len(new) == wanted[1] + wanted[0] + (activation != "none")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
