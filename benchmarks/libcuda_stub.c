@@ -26,7 +26,7 @@ void stub_keep_params(int count) { params_to_keep = count < MAX_PARAMS ? count :
 const Launch *stub_last_launch(void) { return &last; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
-  ++launches;
+  __atomic_add_fetch(&launches, 1, __ATOMIC_RELAXED);
   if (params_to_keep) {
     last.function = (uint64_t)function;
     last.stream = (uint64_t)config->hStream;

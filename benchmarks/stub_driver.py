@@ -26,7 +26,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 ARCH = 90
 DEVICE = -1
-STREAM = 0x5EED
+streams = {DEVICE: 0x5EED}  # what the current stream of a device is; tests change it
 MAX_PARAMS = 64
 
 
@@ -88,7 +88,7 @@ def install() -> ctypes.CDLL:
 
     torch_c: Any = torch._C
     torch_c._cuda_getDevice = functools.partial(int, DEVICE)
-    torch_c._cuda_getCurrentRawStream = {DEVICE: STREAM}.__getitem__
+    torch_c._cuda_getCurrentRawStream = streams.__getitem__
     driver: Any = CudaDriver()
     driver.get_current_device = torch_c._cuda_getDevice
     driver.get_current_stream = torch_c._cuda_getCurrentRawStream

@@ -4,10 +4,11 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger("bert_fused")
 
@@ -16,6 +17,17 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The interpreter computes bfloat16 on its bit patterns (triton-lang/triton#11584).
 INTERPRETER_DTYPES = (torch.float16, torch.float32)
 MIN_ARCH = 80
+
+_PLAIN = (torch.nn.Parameter, Tensor)
+# os.environ encodes and decodes on every look-up, which costs as much as a launch.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_SWITCH = b"BERT_FUSED_DISABLE" if _environment is not os.environ and os.name == "posix" else "BERT_FUSED_DISABLE"
+_NOT_SET = (None, b"", b"0", "", "0")
+
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
+_is_autocast_enabled = torch.is_autocast_enabled
 
 
 def _gpu_reason(device: torch.device) -> str | None:
@@ -39,7 +51,7 @@ def interpreted() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why tensors of this device and dtype take the PyTorch path, or None if a kernel serves them."""
-    if os.environ.get("BERT_FUSED_DISABLE", "0") not in ("", "0"):
+    if _environment.get(_SWITCH) not in _NOT_SET:
         return "BERT_FUSED_DISABLE is set"
     if dtype not in KERNEL_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} has no kernel"
@@ -92,6 +104,28 @@ def mode_reason() -> str | None:
     if torch._C._is_tracing():
         return "torch.jit is tracing"
     return None
+
+
+def is_plain(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether a call that nothing compiles or exports has to do with no subclass, mode, transform, tracing, autocast or
+    negated tensor, and kernels are on.
+
+    All that ``linear_act`` looks for and that is not a matter of dtype, device or shape, in as few steps as can be. For
+    lazily zero tensors, whose address is 0, see ``kernels/replay.py``.
+    """
+    return (
+        type(x) is Tensor
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and _environment.get(_SWITCH) in _NOT_SET
+        and _peek_interpreter_stack() is None
+        and not _len_torch_dispatch_stack()
+        and not _is_tracing()
+        and forward_ad._current_level < 0
+        and not _is_autocast_enabled()
+        and not (x.is_neg() or weight.is_neg())
+        and (bias is None or not bias.is_neg())
+    )
 
 
 def fallback_reason(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

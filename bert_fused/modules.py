@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
@@ -63,7 +64,7 @@ def activation_name(function: Any) -> str | None:
     if _hook_reason(function) is not None or _class_is_patched(kind):
         return None
     if kind is hf.GELUActivation:
-        return "gelu" if function.act in (F.gelu, function._gelu_python) else None
+        return "gelu" if function.act is F.gelu or function.act == function._gelu_python else None
     if kind is hf.GELUTanh and isinstance(function.act, functools.partial):
         same = (
             function.act.func is F.gelu and function.act.keywords == {"approximate": "tanh"} and not function.act.args
@@ -89,11 +90,21 @@ def linear_reason(linear: Any) -> str | None:
     return f"its dense layer has {reason}" if reason is not None else None
 
 
+# The code of forward where it was last found to be the class's own.
+_genuine: dict[type[nn.Module], Any] = {}
+_UNKNOWN = object()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _class_is_patched(kind: type[nn.Module]) -> bool:
     """Whether a class's ``forward`` is no longer the code of the file that defines the class."""
     code = getattr(kind.forward, "__code__", None)
-    return code is None or code.co_filename != sys.modules[kind.__module__].__file__
+    if code is not None and code is _genuine.get(kind):
+        return False
+    if code is None or code.co_filename != sys.modules[kind.__module__].__file__:
+        return True
+    _genuine[kind] = code
+    return False
 
 
 def _hook_reason(module: nn.Module) -> str | None:
@@ -105,10 +116,22 @@ def _hook_reason(module: nn.Module) -> str | None:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook()
+        or _has_any_global_hook()
     ):
         return "hooks"
     return None
+
+
+def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
+    """A module's activation, its dense layer, and that one's weight and bias. ``getattr`` takes ten times as long."""
+    try:
+        children: Any = module._modules
+        dense = children["dense"]
+        parameters = dense._parameters
+        return children[function], dense, parameters["weight"], parameters["bias"]
+    except (AttributeError, KeyError):  # a function, a layer without parameters, a replica of DataParallel
+        dense = module.dense
+        return getattr(module, function), dense, getattr(dense, "weight", None), getattr(dense, "bias", None)
 
 
 def step_aside_reason(module: nn.Module) -> str | None:
@@ -160,12 +183,43 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
 
 def _recompute_now(module: nn.Module) -> bool:
     """The module's choice, also if another thread has unfused it since the call began."""
-    return bool(getattr(module, "recompute_preact", False))
+    return bool(module.__dict__.get("recompute_preact", False))
 
 
-def _must_step_aside(original: type[nn.Module], dense: Any, hidden_states: Any) -> bool:
-    """What can change between calls; ``linear_act`` looks at the tensors."""
-    return type(hidden_states) is not Tensor or linear_reason(dense) is not None or _class_is_patched(original)
+def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden_states: Any) -> str | None:
+    """The kernels' name for a module's activation, or None if the module must step aside in this call.
+
+    Looks at what can change between calls; ``linear_act`` looks at the tensors.
+    """
+    if type(hidden_states) is not Tensor or _class_is_patched(original):
+        return None
+    kind = type(function)
+    if (
+        (kind is hf.GELUActivation or kind in _ACTIVATION_OF_TYPE)
+        and type(dense) is nn.Linear
+        and _is_untouched(dense, nn.Linear)
+        and _is_untouched(function, kind)
+        and not _has_any_global_hook()
+    ):
+        if kind is not hf.GELUActivation:
+            return _ACTIVATION_OF_TYPE[kind]
+        if function.act is F.gelu:
+            return "gelu"
+    return activation_name(function) if linear_reason(dense) is None else None
+
+
+def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module of class ``kind`` is known to run that class's own forward, global hooks aside."""
+    attributes = module.__dict__
+    return not (
+        getattr(kind.forward, "__code__", None) is not _genuine.get(kind, _UNKNOWN)
+        or attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or "_hf_hook" in attributes
+    )
 
 
 class _FusedIntermediate(nn.Module):
@@ -175,12 +229,11 @@ class _FusedIntermediate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         original = _original_now(self)
-        activation = activation_name(self.intermediate_act_fn)
-        if activation is None or _must_step_aside(original, self.dense, hidden_states):
+        function, dense, weight, bias = _parts(self, "intermediate_act_fn")
+        activation = _activation_now(original, function, dense, hidden_states)
+        if activation is None:
             return cast(Tensor, original.forward(self, hidden_states))
-        dense = cast(nn.Linear, self.dense)
-        recompute = _recompute_now(self)
-        return linear_act(hidden_states, dense.weight, dense.bias, activation, recompute_preact=recompute)
+        return linear_act(hidden_states, weight, bias, activation, recompute_preact=_recompute_now(self))
 
 
 class _FusedPooler(nn.Module):
@@ -189,12 +242,11 @@ class _FusedPooler(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         original = _original_now(self)
-        activation = activation_name(self.activation)
-        if activation is None or _must_step_aside(original, self.dense, hidden_states) or hidden_states.dim() != 3:
+        function, dense, weight, bias = _parts(self, "activation")
+        activation = _activation_now(original, function, dense, hidden_states)
+        if activation is None or hidden_states.dim() != 3:
             return cast(Tensor, original.forward(self, hidden_states))
-        dense = cast(nn.Linear, self.dense)
-        recompute = _recompute_now(self)
-        return cls_pool(hidden_states, dense.weight, dense.bias, activation, recompute_preact=recompute)
+        return cls_pool(hidden_states, weight, bias, activation, recompute_preact=_recompute_now(self))
 
 
 class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]

@@ -1,12 +1,13 @@
 """``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import device_reason, fallback_reason, forward_ad_is_active, log_once
+from .dispatch import device_reason, fallback_reason, forward_ad_is_active, is_plain, log_once
+from .kernels import replay
 from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT
 
 _library = torch.library.Library("bert_fused", "DEF")
@@ -71,44 +72,51 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     x, weight, bias, activation, save_preact = inputs
     out, preact = output
     x_grad, weight_grad = ctx.needs_input_grad[:2]
-    needs_preact = activation not in (*GRAD_FROM_OUTPUT, "none")
-    ctx.activation = activation
-    ctx.save_preact = save_preact
-    ctx.recompute = needs_preact and not save_preact
+    from_output = activation in GRAD_FROM_OUTPUT
+    recompute = not (save_preact or from_output or activation == "none")
+    ctx.how = activation, save_preact, recompute
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x if weight_grad or ctx.recompute else None,
-        weight if x_grad or ctx.recompute else None,
-        bias if ctx.recompute else None,
-        preact if needs_preact and save_preact else out if activation in GRAD_FROM_OUTPUT else None,
+        x if weight_grad or recompute else None,
+        weight if x_grad or recompute else None,
+        bias if recompute else None,
+        out if from_output else preact if save_preact and activation != "none" else None,
     )
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of ``linear_act_fwd``'s inputs. ``d_preact_direct`` comes only from a double backward."""
     x, weight, bias, saved = ctx.saved_tensors
+    activation, save_preact, recompute = ctx.how
     x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
-    if not ctx.save_preact or torch.compiler.is_compiling():
+    if not save_preact or torch.compiler.is_compiling():
         d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
-    if ctx.recompute:
+    leading = next((t.shape[:-1] for t in (d_out, d_preact_direct) if t is not None), ())
+    d_out, d_preact_direct, x, saved = _rows(d_out), _rows(d_preact_direct), _rows(x), _rows(saved)
+    if recompute:
         # By the kernel of the forward, so that it has the bits that would have been saved.
         saved = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, "none", False)[0]
     d_bias: Tensor | None = None
     if d_out is None:
         d_preact = d_preact_direct
-    elif torch.is_grad_enabled() or forward_ad_is_active() or d_preact_direct is not None or ctx.activation == "none":
+    elif torch.is_grad_enabled() or forward_ad_is_active() or d_preact_direct is not None or activation == "none":
         # Second derivatives: only torch's own operations can be differentiated again.
-        d_preact = reference.act_grad(d_out, saved, ctx.activation)
+        d_preact = reference.act_grad(d_out, saved, activation)
         d_preact = d_preact if d_preact_direct is None else d_preact + d_preact_direct
     else:
-        d_preact, d_bias = torch.ops.bert_fused.linear_act_bwd(d_out, saved, ctx.activation, bias_grad)
+        d_preact, d_bias = torch.ops.bert_fused.linear_act_bwd(d_out, saved, activation, bias_grad)
     if d_preact is None:
         return None, None, None, None, None
     if bias_grad and d_bias is None:
         d_bias = d_preact.sum(0)
-    d_x = d_preact @ weight if x_grad else None
+    d_x = (d_preact @ weight).reshape(*leading, weight.shape[1]) if x_grad else None
     d_weight = d_preact.t() @ x if weight_grad else None
     return d_x, d_weight, d_bias if bias_grad else None, None, None
+
+
+def _rows(tensor: Any) -> Any:
+    """A kept call's tensors have the caller's dimensions."""
+    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 class _LinearAct(torch.autograd.Function):
@@ -124,6 +132,34 @@ class _LinearAct(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward)
+
+
+class _PlainLinearAct(torch.autograd.Function):
+    """``_LinearAct`` in eager mode: it is given ``(out, preact)``, and x has any number of dimensions.
+
+    A kept call and a new one save the same, since checkpointing compares what forward and recomputation save.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        out, preact = output
+        x_grad, weight_grad, _, _, _ = ctx.needs_input_grad
+        ctx.how = activation, preact is not None, False
+        ctx.set_materialize_grads(False)
+        if preact is None and activation in GRAD_FROM_OUTPUT:
+            preact = out
+        ctx.save_for_backward(x if weight_grad else None, weight if x_grad else None, None, preact)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+_kept_call = replay.calls.get
+
+# What ``apply`` comes to where no functorch transform is active: half of its time goes into asking.
+_apply_plain = super(torch.autograd.Function, _PlainLinearAct).apply
 
 
 torch.library.register_autograd(
@@ -162,6 +198,18 @@ def linear_act(
         TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
+    plain = not torch.compiler.is_compiling() and not recompute_preact and is_plain(x, weight, bias)
+    if plain:
+        needs_grad = torch.is_grad_enabled() and (
+            weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        key = replay.key_of(x, weight, bias, activation, needs_grad)
+        call = _kept_call(key)
+        output = call(x, weight, bias) if call is not None else None
+        if output is not None:
+            if needs_grad:
+                return _apply_plain(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
+            return output[0]
     if isinstance(x, Tensor) and x.is_nested:
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
     _check(x, weight, bias, activation)
@@ -175,21 +223,49 @@ def linear_act(
             log_once(reason)
         return reference.linear_act(x, weight, bias, activation)
 
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if needs_grad:
-        save_preact = not recompute_preact and activation not in (*GRAD_FROM_OUTPUT, "none")
-        out: Tensor = _LinearAct.apply(rows, weight, bias, activation, save_preact)[0]  # type: ignore[no-untyped-call]
-    elif torch.compiler.is_compiling():
-        out = torch.ops.bert_fused.linear_act_fwd(rows, weight, bias, activation, False)[0]
-    else:
-        from .kernels.linear_act import linear_act_fwd
-
-        out = linear_act_fwd(rows, weight, bias, activation=activation, save_preact=False)[0]
-    # A view cannot be detached in place, and eager's result is none.
+    if plain:
+        output = _call_and_keep(key, x, weight, bias, activation, needs_grad)
+        if needs_grad:
+            return _apply_plain(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return output[0]
+    out = _call(_flat(x), weight, bias, activation, recompute_preact)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool) -> Tensor:
+    """x ``[M, K]``, all checked, to ``[M, N]``, where the call is not one to be kept."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        save_preact = not recompute_preact and activation not in (*GRAD_FROM_OUTPUT, "none")
+        return _LinearAct.apply(x, weight, bias, activation, save_preact)[0]  # type: ignore[no-any-return, no-untyped-call]
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, False)[0])
+    from .kernels.linear_act import linear_act_fwd
+
+    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=False)[0]
+
+
+def _call_and_keep(
+    key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``(out, preact)`` with x's leading dimensions, as a kept call gives them."""
+    from .kernels.linear_act import linear_act_fwd
+
+    save_preact = needs_grad and activation not in (*GRAD_FROM_OUTPUT, "none")
+    with torch.no_grad(), replay.recording() as launches:
+        out, preact = linear_act_fwd(_flat(x), weight, bias, activation=activation, save_preact=save_preact)
+    shape = (*x.shape[:-1], weight.shape[0])
+    replay.keep(key, launches, (x, weight, bias, out, preact), shape)
+    if x.dim() != 2:
+        # A view cannot be detached in place, and eager's result is none.
+        out = torch.ops.aten._unsafe_view(out, shape)
+        preact = None if preact is None else torch.ops.aten._unsafe_view(preact, shape)
+    return out, preact
 
 
 def cls_pool(

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .activations import apply_activation_grad
-from .runtime import num_sms, on_device
+from .launch import launch
+from .runtime import num_sms
 
 # 16-byte loads and stores at 8 elements a thread, 2 rows apart in each of 4 warps.
 BLOCK_M = 16
@@ -83,21 +84,22 @@ def act_bwd(
     num_pid_m = triton.cdiv(M, rows)
     partial = torch.empty(num_pid_m, N, dtype=torch.float32, device=saved.device) if bias_grad else None
     if d_preact.numel():
-        with on_device(saved):
-            act_bwd_kernel[(num_pid_m * triton.cdiv(N, BLOCK_N),)](
-                d_out,
-                saved,
-                d_preact,
-                partial,
-                M,
-                N,
-                d_out.stride(0),
-                d_out.stride(1),
-                ACTIVATION=activation,
-                BIAS_GRAD=bias_grad,
-                ROWS_PER_PROGRAM=rows,
-                BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N,
-                enable_fp_fusion=True,
-            )
+        launch(
+            act_bwd_kernel,
+            (num_pid_m * triton.cdiv(N, BLOCK_N),),
+            d_out,
+            saved,
+            d_preact,
+            partial,
+            M,
+            N,
+            d_out.stride(0),
+            d_out.stride(1),
+            ACTIVATION=activation,
+            BIAS_GRAD=bias_grad,
+            ROWS_PER_PROGRAM=rows,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            enable_fp_fusion=True,
+        )
     return d_preact, partial.sum(0).to(saved.dtype) if partial is not None else None

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .activations import apply_activation
-from .runtime import on_device
+from .launch import launch
 
 BLOCK = 1024
 
@@ -23,8 +23,7 @@ def act_fwd(preact: torch.Tensor, activation: str, *, out: torch.Tensor) -> torc
     """Write ``act(preact)`` to ``out``, which may be ``preact`` itself. Both contiguous, of one shape and dtype."""
     if activation == "none" and out is preact:
         return out
-    with on_device(preact):
-        act_fwd_kernel[(triton.cdiv(preact.numel(), BLOCK),)](
-            preact, out, preact.numel(), ACTIVATION=activation, BLOCK=BLOCK, enable_fp_fusion=True
-        )
+    grid = (triton.cdiv(preact.numel(), BLOCK),)
+    constants = {"ACTIVATION": activation, "BLOCK": BLOCK, "enable_fp_fusion": True}
+    launch(act_fwd_kernel, grid, preact, out, preact.numel(), **constants)
     return out

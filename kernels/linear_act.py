@@ -17,7 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .act_pass import act_fwd
 from .activations import apply_activation
 from .configs import Config, get_config
-from .runtime import arch_of, name_of, num_sms, on_device
+from .launch import launch
+from .runtime import arch_of, name_of, num_sms
 
 
 @triton.jit
@@ -234,41 +235,42 @@ def linear_act_fwd(
         # died halfway leave nothing behind that another could read.
         partial = x.new_empty(num_blocks * config.block_m * config.block_n, dtype=torch.float32)
         arrived = x.new_zeros(num_tiles, dtype=torch.int32)
-    with on_device(x):
-        linear_act_fwd_kernel[(num_blocks,)](
-            x_arg,
-            w_arg,
-            bias.contiguous() if bias is not None else None,
-            out_arg,
-            preact_arg,
-            partial,
-            arrived,
-            M,
-            N,
-            K,
-            x.stride(0),
-            x.stride(1),
-            weight.stride(0),
-            weight.stride(1),
-            ACTIVATION=activation,
-            HAS_BIAS=bias is not None,
-            SAVE_PREACT=save_preact,
-            EVEN_K=K % config.block_k == 0,
-            INPUT_PRECISION="tf32" if config.dtype == "tf32" else "ieee",
-            TMA=tma,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            SPLIT_K=config.split_k,
-            PERSISTENT=config.persistent > 0,
-            SUBTILES=config.subtiles,
-            FLATTEN=config.flatten,
-            WARP_SPECIALIZE=config.warp_specialize,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+    launch(
+        linear_act_fwd_kernel,
+        (num_blocks,),
+        x_arg,
+        w_arg,
+        bias.contiguous() if bias is not None else None,
+        out_arg,
+        preact_arg,
+        partial,
+        arrived,
+        M,
+        N,
+        K,
+        x.stride(0),
+        x.stride(1),
+        weight.stride(0),
+        weight.stride(1),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        SAVE_PREACT=save_preact,
+        EVEN_K=K % config.block_k == 0,
+        INPUT_PRECISION="tf32" if config.dtype == "tf32" else "ieee",
+        TMA=tma,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        SPLIT_K=config.split_k,
+        PERSISTENT=config.persistent > 0,
+        SUBTILES=config.subtiles,
+        FLATTEN=config.flatten,
+        WARP_SPECIALIZE=config.warp_specialize,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
     return out, preact
 
 

@@ -1,0 +1,590 @@
+"""Checks of kept launches in a process whose driver is a stub: ``test_launch.py`` runs this and reads what it prints.
+
+Every launch goes through Triton's own launcher into ``libcuda_stub.c``, which keeps what it was given. ``kernel[grid]``
+is the truth: what is launched must be the kernel that it picks, with the same grid, stream and parameters.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+if __name__ == "__main__":
+    from benchmarks import stub_driver
+
+    STUB = stub_driver.install()
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from benchmarks import stub_driver
+from bert_fused import linear_act
+from bert_fused.kernels import launch as launching
+from bert_fused.kernels import linear_act as forward
+from bert_fused.kernels import replay
+from bert_fused.kernels.configs import Config
+from bert_fused.kernels.launch import launch
+
+POINTER_MASK = 2**64 - 1
+
+
+@triton.jit
+def probe_kernel(a_ptr, b_ptr, n, stride, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(a_ptr + offs, (offs * stride + n + FLAG).to(a_ptr.dtype.element_ty), mask=offs < n)
+    if b_ptr is not None:
+        tl.store(b_ptr + offs, offs.to(b_ptr.dtype.element_ty), mask=offs < n)
+
+
+@triton.jit
+def descriptor_kernel(descriptor, n):
+    descriptor.store([0, 0], descriptor.load([0, n]))
+
+
+def launched(call: Callable[[], Any], parameters: int = 5) -> tuple[Any, dict[str, Any]]:
+    """What ``call`` returns, and its one launch, which must have that many parameters."""
+    STUB.stub_keep_params(parameters)
+    before = STUB.stub_launches()
+    result = call()
+    assert STUB.stub_launches() == before + 1, STUB.stub_launches() - before
+    last = STUB.stub_last_launch().contents
+    STUB.stub_keep_params(0)
+    seen = {"function": last.function, "grid": tuple(last.grid), "stream": last.stream, "block": last.block}
+    return result, seen | {"shared": last.shared, "params": list(last.params[:parameters])}
+
+
+def expected_params(compiled: Any, args: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """Value and mask of every parameter that a compiled kernel has."""
+    params = []
+    for arg, kind in zip(args, compiled.src.signature.values(), strict=False):
+        if kind == "constexpr":
+            continue
+        if kind.startswith("*"):
+            params.append((arg.data_ptr(), POINTER_MASK))
+        else:
+            mask = 2 ** int(kind[1:]) - 1
+            params.append((arg & mask, mask))
+    return params
+
+
+def assert_as_plain(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
+    compiled, plain = launched(lambda: kernel[grid](*args, **constexprs), parameters=0)
+    params = expected_params(compiled, args)
+    _, plain = launched(lambda: kernel[grid](*args, **constexprs), len(params))
+    _, ours = launched(lambda: launch(kernel, grid, *args, **constexprs), len(params))
+    assert ours["function"] == plain["function"] == compiled.function, (args, constexprs)
+    for field in ("grid", "stream", "block", "shared"):
+        assert ours[field] == plain[field], field
+    for (value, mask), mine in zip(params, ours["params"], strict=True):
+        assert mine & mask == value
+
+
+def memory(dtype: torch.dtype = torch.float32, offset: int = 0, size: int = 4096) -> torch.Tensor:
+    return torch.empty(size + 64, dtype=dtype)[offset : offset + size]
+
+
+def probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of ``probe_kernel``, each unlike the first in one respect that Triton specialises on."""
+    a, b, flags = memory(), memory(), {"FLAG": 3, "BLOCK": 64}
+    yield (a, b, 32, 48), flags
+    for n in (1, 17, 2**31 - 16, 2**31, 2**31 + 1, -16, -17, -(2**31) - 1, 2**63):
+        yield (a, b, n, 48), flags
+    for stride in (1, 49, 2**32):
+        yield (a, b, 32, stride), flags
+    for dtype, offset in itertools.product((torch.float32, torch.float16, torch.bfloat16), (0, 1, 8)):
+        yield (memory(dtype, offset), b, 32, 48), flags
+        yield (a, memory(dtype, offset), 32, 48), flags
+    yield (a, None, 32, 48), flags
+    for changed in ({"FLAG": 4}, {"FLAG": True}, {"FLAG": 1}, {"BLOCK": 128}, {"num_warps": 8}, {"num_stages": 8}):
+        yield (a, b, 32, 48), flags | changed
+    yield (a, b, 32, 48), flags | {"enable_fp_fusion": False}
+
+
+def check_every_kind_of_argument() -> None:
+    cases = list(probes())
+    functions = set()
+    for order in (cases, cases[::-1], cases):
+        for args, constexprs in order:
+            assert_as_plain(probe_kernel, (7,), args, constexprs)
+            functions.add(probe_kernel[(1,)](*args, **constexprs).function)
+    # As many kernels as kinds, or the cases above could not tell them apart.
+    assert len(functions) >= 22, len(functions)
+    assert 22 <= len([key for key in launching._kept if key[0] is probe_kernel]) <= len(cases)
+
+
+def check_every_kind_of_descriptor() -> None:
+    functions = set()
+    for _ in range(2):
+        for dtype, block in itertools.product((torch.float16, torch.float32), ([16, 32], [32, 32], [16, 64])):
+            descriptor = TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=dtype), block)
+            compiled = descriptor_kernel[(1,)](descriptor, 32)
+            _, seen = launched(lambda descriptor=descriptor: launch(descriptor_kernel, (1,), descriptor, 32))
+            assert seen["function"] == compiled.function
+            assert seen["params"][0] == descriptor.base.data_ptr()
+            functions.add(compiled.function)
+    assert len(functions) == 6
+
+
+def check_grids_of_every_rank() -> None:
+    args, constexprs = next(probes())
+    for grid in ((3,), (3, 5), (3, 5, 2)):
+        assert_as_plain(probe_kernel, grid, args, constexprs)
+    _, seen = launched(lambda: launch(probe_kernel, (3, 5), *args, **constexprs))
+    assert seen["grid"] == (3, 5, 1)
+
+
+def check_other_arguments_are_refused() -> None:
+    args, constexprs = next(probes())
+    for wrong in (True, 1.5, "text"):
+        with pytest.raises(TypeError, match=type(wrong).__name__):
+            launch(probe_kernel, (1,), *args[:2], wrong, 1, **constexprs)
+
+
+@contextlib.contextmanager
+def on_stream(stream: int) -> Iterator[None]:
+    before = stub_driver.streams[stub_driver.DEVICE]
+    stub_driver.streams[stub_driver.DEVICE] = stream
+    yield
+    stub_driver.streams[stub_driver.DEVICE] = before
+
+
+def check_the_stream_of_the_moment() -> None:
+    args, constexprs = next(probes())
+    x, w, b = linear_tensors()
+    for _ in range(3):
+        linear_act(x, w, b)
+    for stream in (0, 0xABC, 0xDEF):
+        with on_stream(stream):
+            assert launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))[1]["stream"] == stream
+            assert launched(lambda: linear_act(x, w, b))[1]["stream"] == stream
+
+
+# ------------------------------------------------------------------------------------------------------- whole calls
+
+
+def linear_tensors(M: int = 48, dtype: torch.dtype = torch.float16, N: int = 32, K: int = 64) -> tuple[Any, ...]:
+    return torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+
+
+def offset_by(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+    """The same numbers, shape and strides, ``elements`` further from a 16-byte boundary."""
+    room = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)
+    moved = room[elements : elements + tensor.numel()].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+def linear_calls() -> Iterator[tuple[str, tuple[Any, ...], bool]]:
+    """Name, arguments of ``linear_act``, and whether such a call can be kept."""
+    x, w, b = linear_tensors()
+    yield "as it is", (x, w, b, "gelu"), True
+    yield "activation", (x, w, b, "relu"), True
+    yield "no bias", (x, w, None, "gelu"), True
+    yield "x requires grad", (x.clone().requires_grad_(), w, b, "gelu"), True
+    yield "only bias requires grad", (x, w, b.clone().requires_grad_(), "gelu"), True
+    yield "output saved", (x.clone().requires_grad_(), w, b, "relu"), True
+    for M in (1, 2, 16, 17, 300):
+        yield f"M={M}", (linear_tensors(M)[0], w, b, "gelu"), True
+    for dtype in (torch.bfloat16, torch.float32):
+        yield str(dtype), (*linear_tensors(dtype=dtype), "gelu"), True
+    yield "N", (x, *linear_tensors(N=48)[1:], "gelu"), True
+    yield "K", (*linear_tensors(K=80), "gelu"), True
+    yield "three dimensions", (x.view(3, 16, 64), w, b, "gelu"), True
+    yield "three dimensions, other shape", (x.view(4, 12, 64), w, b, "gelu"), True
+    yield "rows of a wider matrix", (torch.randn(48, 72).half()[:, :64], w, b, "gelu"), True
+    yield "rows of a still wider one", (torch.randn(48, 88).half()[:, :64], w, b, "gelu"), True
+    yield "CLS rows", (torch.randn(48, 5, 64).half()[:, 0], w, b, "gelu"), True
+    yield "weight of a wider matrix", (x, torch.randn(32, 72).half()[:, :64], b, "gelu"), True
+    yield "weight is x", (x[:32], x[:32], b, "gelu"), True
+    # Served by the library and a pass, or on a copy: nothing of these may be kept.
+    yield "x transposed", (torch.randn(64, 48).half().t(), w, b, "gelu"), False
+    yield "x off its boundary", (offset_by(x, 1), w, b, "gelu"), False
+    yield "weight off its boundary", (x, offset_by(w, 4), b, "gelu"), False
+    yield "bias off its boundary", (x, w, offset_by(b, 1), "gelu"), False
+    yield "bias with gaps", (x, w, torch.randn(64).half()[::2], "gelu"), False
+    yield "odd N", (x, *(t[:31] for t in (w, b)), "gelu"), False
+    yield "x with rows apart in memory", (torch.randn(3, 20, 64).half()[:, :16], w, b, "gelu"), False
+
+
+def slow_and_seen(arguments: tuple[Any, ...], parameters: int = 5) -> dict[str, Any]:
+    """The launch of a call that nothing kept can serve."""
+    kept = dict(replay.calls)
+    replay.calls.clear()
+    launching._kept.clear()
+    _, seen = launched(lambda: linear_act(*arguments), parameters)
+    replay.calls.clear()
+    replay.calls.update(kept)
+    return seen
+
+
+def check_kept_calls_launch_what_new_ones_do() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    cases = list(linear_calls())
+    truth = {name: slow_and_seen(arguments, 8 if kept else 5) for name, arguments, kept in cases}
+    replay.calls.clear()
+    seen_functions = {seen["function"] for seen in truth.values()}
+    assert len(seen_functions) >= 8, len(seen_functions)
+    for order in (cases, cases[::-1], cases):
+        for name, arguments, can_be_kept in order:
+            out, seen = launched(lambda arguments=arguments: linear_act(*arguments), 8 if can_be_kept else 5)
+            x, w, bias, _ = arguments
+            assert out.shape == (*x.shape[:-1], w.shape[0]), name
+            assert out.dtype == x.dtype
+            for field in ("function", "grid", "stream", "block", "shared"):
+                assert seen[field] == truth[name][field], (name, field)
+            if not can_be_kept:
+                continue
+            addresses = [t.data_ptr() for t in (x, w, bias, out) if t is not None]
+            assert seen["params"][: len(addresses)] == addresses, name
+            # Then come preact, if it is saved, and the numbers that are not compiled in.
+            saved = [t for t in getattr(out.grad_fn, "saved_tensors", ()) if t is not None]
+            fresh = [t.data_ptr() for t in saved if t.data_ptr() not in addresses]
+            start = len(addresses) + len(fresh)
+            assert seen["params"][len(addresses) : start] == fresh, name
+            numbers = [value & 0xFFFFFFFF for value in seen["params"][start : start + 3]]
+            assert numbers == [value & 0xFFFFFFFF for value in truth[name]["params"][start : start + 3]], name
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def check_what_is_kept() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    for name, arguments, can_be_kept in linear_calls():
+        replay.calls.clear()
+        for _ in range(2):
+            linear_act(*arguments)
+        assert len(replay.calls) == can_be_kept, name
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def check_a_call_that_could_not_be_kept_is_kept_later() -> None:
+    """Off its boundary, or while a profiler looked on."""
+    x, w, b = linear_tensors()
+    replay.calls.clear()
+    linear_act(offset_by(x, 1), w, b)
+    with observed(forward.linear_act_fwd_kernel, "launch_enter_hook", []):
+        linear_act(x, w, b)
+    assert not replay.calls
+    linear_act(x, w, b)
+    linear_act(x, w, b)
+    assert len(replay.calls) == 1
+
+
+def check_a_kept_call_is_made() -> None:
+    """Or every other check here would hold without any being kept."""
+    x, w, b = linear_tensors()
+    for arguments in ((x, w, b, "gelu"), (x.clone().requires_grad_(), w, b, "gelu")):
+        linear_act(*arguments)
+        original = forward.linear_act_fwd
+        forward.linear_act_fwd = None
+        try:
+            launched(lambda arguments=arguments: linear_act(*arguments))
+        finally:
+            forward.linear_act_fwd = original
+
+
+def check_the_precision_of_fp32_is_read_each_time() -> None:
+    arguments = linear_tensors(dtype=torch.float32)
+    seen = {}
+    for setting in ("ieee", "tf32", "ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        function = launched(lambda: linear_act(*arguments))[1]["function"]
+        assert seen.setdefault(setting, function) == function
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert seen["ieee"] != seen["tf32"]
+
+
+def check_a_parameter_whose_data_changes() -> None:
+    x, w, b = linear_tensors()
+    parameter = torch.nn.Parameter(torch.randn(64, 64).half())
+    bias = torch.randn(64).half()
+    with torch.no_grad():
+        for _ in range(3):
+            linear_act(x, parameter, bias)
+        square = slow_and_seen((x, parameter, bias, "gelu"))
+        parameter.data = parameter.data.t()
+        for _ in range(2):
+            assert launched(lambda: linear_act(x, parameter, bias))[1]["function"] != square["function"]
+        parameter.data = parameter.data.t()[:32]
+        for _ in range(2):
+            out, seen = launched(lambda: linear_act(x, parameter, b))
+            assert out.shape == (48, 32)
+            assert seen["params"][1] == parameter.data_ptr()
+        parameter.data = w.clone()
+        _, seen = launched(lambda: linear_act(x, parameter, b))
+        assert seen["params"][1] == parameter.data_ptr()
+
+
+def check_descriptors() -> None:
+    x, w, b = linear_tensors(M=512)
+    config = Config("tma", "float16", 64, 32, 32, num_warps=4, num_stages=2)
+    functions = set()
+    for _ in range(3):
+        fresh = x.clone()
+        (out, _), seen = launched(
+            lambda fresh=fresh: forward.linear_act_fwd(
+                fresh, w, b, activation="gelu", save_preact=False, config=config
+            ),
+            parameters=12,
+        )
+        functions.add(seen["function"])
+        # A descriptor is followed by two sizes and two strides.
+        assert seen["params"][0] == fresh.data_ptr()
+        assert seen["params"][5] == w.data_ptr()
+        assert seen["params"][10] == b.data_ptr()
+        assert seen["params"][11] == out.data_ptr()
+    assert len(functions) == 1
+
+
+def check_backward() -> None:
+    x, w, b = (t.requires_grad_() for t in linear_tensors())
+    functions = set()
+    for _ in range(3):
+        out = linear_act(x, w, b)
+        d_out = torch.ones_like(out)
+        _, seen = launched(lambda out=out, d_out=d_out: torch.autograd.grad(out, (x, w, b), d_out))
+        functions.add(seen["function"])
+        assert seen["params"][0] == d_out.data_ptr()
+    assert len(functions) == 1
+
+
+# -------------------------------------------------------------------------------------------- who wants to see launches
+
+
+@contextlib.contextmanager
+def observed(kernel: Any, how: str, seen: list[Any]) -> Iterator[None]:
+    runtime = knobs.runtime
+
+    def hook(*args: Any, **kwargs: Any) -> None:
+        seen.append(how)
+
+    if how in ("launch_enter_hook", "launch_exit_hook"):
+        getattr(runtime, how).add(hook)
+        yield
+        getattr(runtime, how).remove(hook)
+    elif how == "a function as hook":
+        chain, runtime.launch_enter_hook = runtime.launch_enter_hook, hook
+        yield
+        runtime.launch_enter_hook = chain
+    else:
+        kernel.pre_run_hooks.append(hook)
+        yield
+        kernel.pre_run_hooks.remove(hook)
+
+
+def check_hooks_fire() -> None:
+    args, constexprs = next(probes())
+    x, w, b = linear_tensors()
+    for _ in range(3):
+        launch(probe_kernel, (1,), *args, **constexprs)
+        linear_act(x, w, b)
+    for how in ("launch_enter_hook", "launch_exit_hook", "a function as hook", "pre_run_hooks"):
+        for kernel, call in (
+            (probe_kernel, lambda: launch(probe_kernel, (1,), *args, **constexprs)),
+            (forward.linear_act_fwd_kernel, lambda: linear_act(x, w, b)),
+        ):
+            seen: list[Any] = []
+            with observed(kernel, how, seen):
+                call()
+                call()
+            assert seen == [how, how], (how, seen)
+            call()
+            assert len(seen) == 2
+
+
+def check_settings_of_triton_are_seen() -> None:
+    args, constexprs = next(probes())
+    for _ in range(2):
+        launch(probe_kernel, (1,), *args, **constexprs)
+    usual = launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))[1]["function"]
+    knobs.runtime.debug = True
+    try:
+        debug = launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))[1]["function"]
+    finally:
+        knobs.runtime.debug = False
+    assert debug != usual
+    assert launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))[1]["function"] == usual
+    for owner, name, value in (
+        (knobs.compilation, "instrumentation_mode", "consan"),
+        (knobs.runtime, "add_stages_inspection_hook", lambda *a: ("", "")),
+    ):
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        assert launching.is_observed(probe_kernel), name
+        setattr(owner, name, before)
+        assert not launching.is_observed(probe_kernel)
+
+
+def check_an_unknown_triton_gets_its_own_path() -> None:
+    args, constexprs = next(probes())
+    launching._kept.clear()
+    launching.LAUNCHER_IS_KNOWN = False
+    try:
+        for _ in range(2):
+            launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))
+        assert not launching._kept
+    finally:
+        launching.LAUNCHER_IS_KNOWN = triton.__version__[:3] in ("3.6", "3.7", "3.9")
+    assert launching.LAUNCHER_IS_KNOWN
+
+
+# ------------------------------------------------------------------------------------------- bounds, threads, processes
+
+
+def check_bounds() -> None:
+    launching.MAX_KEPT, replay.MAX_CALLS, before = 3, 3, (launching.MAX_KEPT, replay.MAX_CALLS)
+    try:
+        for _ in range(2):
+            for args, constexprs in list(probes())[:8]:
+                assert_as_plain(probe_kernel, (1,), args, constexprs)
+                assert len(launching._kept) <= 3
+            for M in range(2, 12):
+                x, w, b = linear_tensors(M)
+                out, seen = launched(lambda x=x, w=w, b=b: linear_act(x, w, b))
+                assert seen["params"][0] == x.data_ptr()
+                assert out.shape == (M, 32)
+                assert len(replay.calls) <= 3
+    finally:
+        launching.MAX_KEPT, replay.MAX_CALLS = before
+
+
+def check_no_tensor_is_kept_alive() -> None:
+    x, w, b = linear_tensors()
+    w.requires_grad_()
+    for _ in range(3):
+        out = linear_act(x, w, b)
+    config = Config("tma", "float16", 64, 32, 32, num_warps=4, num_stages=2)
+    for _ in range(2):
+        forward.linear_act_fwd(x, w, b, activation="gelu", save_preact=False, config=config)
+    references = [weakref.ref(t) for t in (x, w, b, out)]
+    del x, w, b, out
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
+def check_threads() -> None:
+    """Each thread has shapes of its own and some that all share; all start with nothing kept."""
+    launching._kept.clear()
+    replay.calls.clear()
+    errors: list[str] = []
+    start = threading.Barrier(6)
+
+    def work(index: int) -> None:
+        try:
+            tensors = [linear_tensors(M) for M in (16, 17, 18 + index)]
+            start.wait()
+            for _ in range(60):
+                for x, w, b in tensors:
+                    assert linear_act(x, w, b).shape == (x.shape[0], 32)
+        except BaseException:
+            errors.append(traceback.format_exc())
+
+    before = STUB.stub_launches()
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert STUB.stub_launches() - before == 6 * 60 * 3
+    # A thread records its own launches only: every call kept has the grid and numbers of its own shape.
+    for M in (16, 17, 18, 19, 20, 21, 22, 23):
+        x, w, b = linear_tensors(M)
+        _, seen = launched(lambda x=x, w=w, b=b: linear_act(x, w, b))
+        assert seen["params"][4] & 0xFFFFFFFF == M
+        assert seen["function"] == slow_and_seen((x, w, b, "gelu"))["function"]
+
+
+def check_a_child_starts_with_nothing() -> None:
+    x, w, b = linear_tensors()
+    for _ in range(2):
+        linear_act(x, w, b)
+    assert launching._kept
+    assert replay.calls
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if not launching._kept and not replay.calls else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+class OnDeviceOne(torch.Tensor):
+    def get_device(self) -> int:
+        return 1
+
+
+def check_devices_are_kept_apart() -> None:
+    """A module is loaded once for each device."""
+    (a, b, *numbers), constexprs = next(probes())
+    stub_driver.streams[1] = 0xD1
+    launching._kept.clear()
+    for tensor in (a, a.as_subclass(OnDeviceOne)) * 2:
+        _, seen = launched(lambda tensor=tensor: launch(probe_kernel, (1,), tensor, b, *numbers, **constexprs))
+    assert seen["stream"] == 0xD1
+    assert sorted(key[1] for key in launching._kept) == [-1, 1]
+
+
+def check_another_device_is_made_the_current_one() -> None:
+    x, w, b = linear_tensors()
+    for _ in range(2):
+        linear_act(x, w, b)
+    entered: list[int] = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        entered.append(index)
+        yield
+        entered.append(-99)
+
+    originals = replay.current_device, torch.cuda.device
+    replay.current_device, torch.cuda.device = (lambda: 5), device
+    try:
+        launched(lambda: linear_act(x, w, b))
+    finally:
+        replay.current_device, torch.cuda.device = originals
+    assert entered == [stub_driver.DEVICE, -99]
+
+
+def check_what_cannot_be_made_again_is_not_kept() -> None:
+    """A workspace, a second launch, arguments in another order."""
+    x, w, b, out, workspace = (torch.empty(64) for _ in range(5))
+
+    def recorded(*tensors: Any, times: int = 1) -> Any:
+        values = tuple(None if t is None else t.data_ptr() for t in tensors)
+        places = tuple(i for i, t in enumerate(tensors) if t is not None)
+        one = replay.Launch(None, bool, print, -1, (1, 1, 1), (*values, 1, 2), places)
+        return replay._call([one] * times, (x, w, b, out, None), (64,))
+
+    assert recorded(x, w, b, out, None) is not None
+    assert recorded(x, w, b, out, None, times=2) is None
+    assert recorded(x, w, b, out, None, times=0) is None
+    assert recorded(x, w, b, out, workspace) is None
+    assert recorded(x, w, b, out, None, workspace) is None
+    assert recorded(w, x, b, out, None) is None
+    assert recorded(x, w, None, out, None) is None
+
+
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+
+def main() -> None:
+    results = {}
+    for name in sys.argv[1:] or CHECKS:
+        try:
+            globals()[name]()
+            results[name] = ""
+        except BaseException:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
