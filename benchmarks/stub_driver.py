@@ -25,6 +25,7 @@ from typing import Any
 
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 ARCH = 90
+SMS = 132
 DEVICE = -1
 streams = {DEVICE: 0x5EED}  # what the current stream of a device is; tests change it
 MAX_PARAMS = 64
@@ -105,6 +106,8 @@ def install() -> ctypes.CDLL:
         return real(cuda, dtype)
 
     runtime._arch_of_index = functools.cache(lambda index: ARCH)
+    runtime._num_sms_of_index = functools.cache(lambda index: SMS)
+    runtime._name_of_index = functools.cache(lambda index: "stub")
     for name in ("bert_fused.dispatch", "bert_fused.ops", "bert_fused.modules"):
         if name in sys.modules:
             vars(sys.modules[name])["device_reason"] = device_reason

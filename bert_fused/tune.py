@@ -23,7 +23,7 @@ import torch
 
 from . import shapes as bert
 from .dispatch import device_reason, interpreted
-from .kernels import user_tables
+from .kernels import replay, user_tables
 from .kernels.candidates import candidates
 from .kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
 from .timing import graph_sampler
@@ -148,6 +148,7 @@ def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool
         if writable:
             try:
                 remember(entries, gpu.arch, gpu.name, source)
+                replay.calls.clear()
             except OSError as error:
                 writable = False
                 message = f"cannot write {where}: {error.strerror or error}"
