@@ -14,6 +14,7 @@ from bert_fused.timing import (
     MIN_CALLS,
     Call,
     Sampler,
+    capture,
     event_sampler,
     graph_sampler,
     interleave,
@@ -48,32 +49,30 @@ def each(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call
     return lambda sets: [functools.partial(function, *inputs) for inputs in sets]
 
 
-def graphed(function: Callable[..., Any], copied: int = 1) -> Callable[[Sequence[Inputs]], list[Call]]:
-    """The calls of a function captured in a CUDA graph, as servers do: the first ``copied`` inputs are copied in."""
+def graphed(function: Callable[..., Any], copied: int = 0) -> Callable[[Sequence[Inputs]], list[Call]]:
+    """The calls of a function captured in a CUDA graph, as servers do: the first ``copied`` inputs are copied in.
 
-    def capture(inputs: Inputs) -> Call:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    A module's input is already in the graph of the model around it; a model's comes from outside.
+    """
+
+    def replaying(inputs: Inputs) -> Call:
         moving = [tensor for tensor in inputs[:copied] if tensor is not None]
         static = [None if tensor is None else tensor.clone() for tensor in inputs[:copied]]
         targets = [tensor for tensor in static if tensor is not None]
-        static += inputs[copied:]
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = function(*static)
+        outputs: list[Any] = []
+        graph = capture([lambda: outputs.append(function(*static, *inputs[copied:]))])
+        output = outputs.pop()
+        outputs.clear()
 
         def call() -> Any:
-            torch._foreach_copy_(targets, moving)
+            if moving:
+                torch._foreach_copy_(targets, moving)
             graph.replay()
             return output
 
         return call
 
-    return lambda sets: [capture(inputs) for inputs in sets]
+    return lambda sets: [replaying(inputs) for inputs in sets]
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,19 @@ class Problem:
     fill: float = 1.0
 
 
-def measure(problem: Problem, *, device: str, rounds: int, deadline: float = math.inf) -> list[dict[str, Any]]:
-    """Check and time the rivals. One row each; one that fails has an error and no figure."""
+def measure(
+    problem: Problem,
+    *,
+    device: str,
+    rounds: int,
+    deadline: float = math.inf,
+    state: Callable[[], Any] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Check and time the rivals. One row each; one that fails has an error and no figure.
+
+    ``state`` reads the device's, before all and while it is warm from each clock's rounds.
+    """
+    states = {"before": state()}
     synchronize: Call = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows: dict[str, dict[str, Any]] = {}
     samplers: dict[str, dict[str, Sampler]] = {"gpu": {}, "wall": {}}
@@ -121,6 +131,7 @@ def measure(problem: Problem, *, device: str, rounds: int, deadline: float = mat
             synchronize()  # raises if the GPU can do no more
     for clock, of_clock in samplers.items():
         samples = interleave(of_clock, rounds=rounds, deadline=deadline)
+        states[clock] = state()
         for name, row in rows.items():
             taken = samples.get(name)
             method = methods.get(name, "graph") if clock == "gpu" else "wall"
@@ -130,6 +141,7 @@ def measure(problem: Problem, *, device: str, rounds: int, deadline: float = mat
         row["complete"] = row["complete"] and row["error"] != "out of time"
         timed = row["gpu"] or row["wall"]
         row["tflops"] = 1e-6 * problem.flops / timed["median_us"] if timed else None
+        row["gpu_state"] = states if device == "cuda" else None
     return list(rows.values())
 
 
@@ -140,7 +152,7 @@ def _prepare(problem: Problem, rival: Implementation, device: str, synchronize: 
     call()
     synchronize()
     row: dict[str, Any] = {"compile_seconds": round(time.monotonic() - begin, 3), "peak_bytes": None}
-    if device == "cuda":
+    if device == "cuda" and not rival.graphs:  # whose memory was taken when they were captured
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()

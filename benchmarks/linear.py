@@ -81,27 +81,26 @@ def rivals(case: Case, device: str) -> list[Implementation]:
         public = bert_fused.cls_pool if case.suite == "pooler" else bert_fused.linear_act
         return public(x, weight, bias, activation)
 
-    run = with_backward if case.suite == "training" else lambda function: function
+    training, cuda = case.suite == "training", device == "cuda"
+    run = with_backward if training else lambda function: function
     found = [
         Implementation("ours", each(run(ours)), _choice(case, device)),
         Implementation("eager", each(run(eager))),
         Implementation("eager again", each(run(eager))),
         Implementation("F.linear", each(run(linear)), computes="none"),
     ]
-    if device == "cpu":
-        return found
-    found.append(Implementation("torch.compile", each(run(torch.compile(eager, dynamic=False)))))
-    if case.suite == "training":
-        return found
-    if case.rivals == "max-autotune":
+    if cuda:
+        found.append(Implementation("torch.compile", each(run(torch.compile(eager, dynamic=False)))))
+    if cuda and case.rivals == "max-autotune":
         tuned = torch.compile(eager, dynamic=False, mode="max-autotune")
-        found.append(Implementation("max-autotune", _static_weights(tuned), graphs=True))
+        found.append(Implementation("max-autotune", _one_static_set(tuned), graphs=True))
         ungraphed = torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")
         found.append(Implementation("max-autotune without graphs", each(ungraphed)))
-    else:
+    if cuda and not training:
         found.append(Implementation("eager in a CUDA graph", graphed(eager), graphs=True))
         found.append(Implementation("ours in a CUDA graph", graphed(ours), graphs=True))
-    return found + _addmm_activation(activation) + _quack(activation)
+        found += _addmm_activation(activation) + _quack(activation)
+    return found
 
 
 def with_backward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
@@ -152,14 +151,16 @@ def _quack(activation: str) -> list[Implementation]:
     return [Implementation("QuACK", each(call))]
 
 
-def _static_weights(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
-    """One set of weights for all inputs: each further one would make the compiler record its CUDA graph again."""
+def _one_static_set(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
+    """The first set of inputs for every call, at fixed addresses.
+
+    The compiler would copy inputs of its CUDA graphs, and record a graph anew for further weights.
+    """
 
     def calls(sets: Sequence[Inputs]) -> list[Call]:
-        weight, bias = sets[0][1:3]
-        for tensor in (weight, bias):
+        for tensor in sets[0]:
             torch._dynamo.mark_static_address(tensor, guard=False)
-        return [functools.partial(function, inputs[0], weight, bias) for inputs in sets]
+        return [functools.partial(function, *sets[0])] * len(sets)
 
     return calls
 

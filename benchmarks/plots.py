@@ -21,6 +21,7 @@ from benchmarks.results import (
     same_function,
     share,
     speedup,
+    times,
 )
 from bert_fused.timing import Ratio
 
@@ -30,7 +31,7 @@ COLOURS = {
     "eager": "#616161",
     "F.linear": "#9e9e9e",
     "torch.compile": "#ef6c00",
-    "max-autotune": "#6a1b9a",
+    "max-autotune without graphs": "#6a1b9a",
 }
 MAX_ROWS = 40
 
@@ -65,7 +66,7 @@ def _speedup_over_eager(group: Group, name: str) -> Ratio | None:
 
 
 def _share(group: Group, name: str) -> Ratio | None:
-    reached = share(group[name]) if name in group and (group[name]["gpu"] or group[name]["wall"]) else None
+    reached = share(group[name]) if name in group and times(group[name]) else None
     return Ratio(reached, reached, reached) if reached is not None else None
 
 
@@ -89,6 +90,8 @@ def _over_rows(
     for panel, model in zip(panels[0], models, strict=True):
         of_model = [group for group in groups if case_of(group)["model"] == model]
         for name, colour in COLOURS.items():
+            # Who was timed in a case with costlier rivals is shown by the standard one.
+            of_model.sort(key=lambda group: case_of(group)["rivals"] == "standard")
             points = {case_of(group)["M"]: found for group in of_model if (found := value(group, name))}
             if not points or (reference is not None and name == "eager"):
                 continue
@@ -169,7 +172,7 @@ def _label(group: Group) -> str:
 
 def _machine(groups: list[Group]) -> str:
     device = next(iter(groups[0].values()))["device"]
-    name = str(device["name"])
+    name = str(device["name"]).replace("$", r"\$")
     return name if device["type"] == "cuda" else f"CPU rehearsal ({name})"
 
 

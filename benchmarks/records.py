@@ -100,17 +100,18 @@ class Writer:
                     )
             self._note(record)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()  # that it cannot be written shows before anything is measured
 
     def has(self, case: Case) -> bool:
         """Whether the case was measured, every rival in every round."""
         return self._measured.get(key(dataclasses.asdict(case)), ("", False))[1]
 
     def write(self, case: Case, rank: int, rows: list[dict[str, Any]]) -> None:
+        records = [self._shared | {"time": _now(), "rank": rank, "case": dataclasses.asdict(case)} | r for r in rows]
         with self.path.open("a") as file:
-            for row in rows:
-                record = self._shared | {"time": _now(), "rank": rank, "case": dataclasses.asdict(case)} | row
-                file.write(json.dumps(record) + "\n")
-                self._note(record)
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        for record in records:
+            self._note(record)
 
     def _note(self, record: dict[str, Any]) -> None:
         case, run = key(record["case"]), record["run"]
@@ -120,7 +121,7 @@ class Writer:
 
 def key(case: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a recorded case from the others."""
-    return tuple(case.values())
+    return tuple(case[field.name] for field in dataclasses.fields(Case))
 
 
 def parse(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -135,16 +136,24 @@ def parse(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
             raise BadResults(f"{path}, line {number}: not JSON, or cut off ({error})") from None
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise BadResults(f"{path}, line {number}: not a record of schema version {SCHEMA}")
         missing = FIELDS - record.keys()
         if missing:
             raise BadResults(f"{path}, line {number}: a record without {', '.join(sorted(missing))}")
+        try:
+            hash((key(record["case"]), record["run"] + ""))
+        except (TypeError, KeyError):
+            raise BadResults(f"{path}, line {number}: not a case, or not a run's time") from None
         records.append((number, record))
     return records
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -174,7 +183,9 @@ def _commit(given: str | None) -> tuple[str, bool | None]:
 
 
 def _nvidia_smi(*fields: str) -> list[str] | None:
-    described = _output("nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    gpu = f"GPU-{uuid}" if uuid else "0"  # which CUDA_VISIBLE_DEVICES does not renumber
+    described = _output("nvidia-smi", "-i", gpu, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     return [value.strip() for value in described.split(",")] if described else None
 
 

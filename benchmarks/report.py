@@ -49,13 +49,13 @@ def main(argv: list[str]) -> int:
             return 0
         arguments.out.mkdir(parents=True, exist_ok=True)
         pictures = [] if arguments.compare else plots.draw(groups, arguments.out)
+        path = arguments.out / ("compare.md" if arguments.compare else "README.md")
+        path.write_text(text + "".join(f"\n![{title}]({picture.name})\n" for title, picture in pictures))
+        written = [path, *(picture for _, picture in pictures)]
     except (BadResults, OSError) as error:
         print(f"python -m benchmarks report: {error}", file=sys.stderr)
         return 2
-    images = "".join(f"\n![{title}]({path.name})\n" for title, path in pictures)
-    path = arguments.out / ("compare.md" if arguments.compare else "README.md")
-    path.write_text(text + images)
-    print("\n".join(str(written) for written in (path, *(picture for _, picture in pictures))))
+    print("\n".join(map(str, written)))
     return 0
 
 
@@ -81,14 +81,15 @@ def _header(groups: list[Group]) -> Iterator[str]:
     yield f"{driver}{versions}, commit {first['commit'][:12]}{dirty}, {first['run'][:10]}."
     yield ""
     noise = [found.median for group in groups if (found := speedup(group, NOISE, "eager"))]
-    rounds = {len(figures["samples_us"]) for group in groups for r in group.values() if (figures := times(r))}
+    rounds = sorted({len(of["samples_us"]) for group in groups for r in group.values() if (of := times(r))})
+    taken = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
     yield (
-        "Microseconds per call on the GPU's clock (graph replay over rotating buffers; the wall's clock on a CPU). "
-        f"Ratios are the rival's time over ours, above 1 where ours is faster: medians of {min(rounds)} interleaved "
-        "rounds with a bootstrap 95 % interval; **bold** where ours is slower. "
+        "Microseconds per call on the GPU's clock (the wall's on a CPU): graph replays over rotating buffers; events "
+        "where noted. Ratios are the rival's time over ours, above 1 where ours is faster: medians of "
+        f"{taken} interleaved rounds with a bootstrap 95 % interval; **bold** where ours is slower. "
         + (f"Eager against itself: {min(noise):.3f} to {max(noise):.3f}." if noise else "")
     )
-    ceilings = {r["case"]["dtype"]: r["ceilings"] for group in groups for r in group.values()}
+    ceilings = {r["case"]["dtype"]: r["ceilings"] for group in groups for r in group.values() if r["ceilings"]}
     rates = ", ".join(f"{dtype} {found['matmul_tflops']:.4g} TFLOP/s" for dtype, found in ceilings.items())
     yield f"Measured ceilings: {rates}, copy {next(iter(ceilings.values()))['copy_tb_per_s']:.3g} TB/s."
 
@@ -143,8 +144,10 @@ def _failures(section: list[Group]) -> Iterator[str]:
         for name, record in group.items():
             if not same_function(record):
                 yield f"{name} computes another function, activation {record['computes']}."
-            if record["error"]:
-                yield f"No figure for {name}, {_shape(group)}: {record['error']}"
+            if record["error"] or not record["complete"]:
+                yield f"No figure for {name}, {_shape(group)}: {record['error'] or 'time ran out before all rounds'}"
+            elif (times(record) or {}).get("method") == "events":
+                yield f"{name} was timed with events, since it cannot be captured in a graph of ours."
 
 
 def compare(old: list[Group], new: list[Group]) -> str:

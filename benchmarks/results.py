@@ -8,31 +8,37 @@ from bert_fused.timing import Ratio, ratio
 
 OURS, NOISE = "ours", "eager again"
 # A CUDA graph's launch is part of every sample, so who pays it is compared with ours paying it too.
-GRAPHED = {"eager in a CUDA graph": "ours in a CUDA graph"}
+GRAPHED = {"eager in a CUDA graph": "ours in a CUDA graph", "max-autotune": "ours in a CUDA graph"}
 Record = dict[str, Any]
 Group = dict[str, Record]  # the records of one case, by implementation
 
 
 def load(paths: list[Path]) -> list[Group]:
-    """The records of each case, in order of rank. Where a case was measured twice, the later run counts."""
-    runs: dict[tuple[Any, ...], tuple[str, Group]] = {}
-    devices = set()
+    """The records of each case, in order of rank. Where a case was measured twice, the later complete run counts.
+
+    Raises:
+        BadResults: a file cannot be used, or holds no figure, or the files are of different commits or machines.
+    """
+    runs: dict[tuple[Any, ...], dict[str, Group]] = {}
+    origin: Record | None = None
     for path in paths:
         for record in read(path):
-            devices.add(record["device"]["name"])
-            case = key(record["case"])
-            run, group = runs.get(case, ("", {}))
-            if record["run"] > run:
-                run, group = record["run"], {}
-            if record["run"] == run:
-                group[record["implementation"]] = record
-            runs[case] = (run, group)
-    if not runs:
-        raise BadResults(f"{', '.join(map(str, paths))}: no records")
-    if len(devices) > 1:
-        raise BadResults(f"results of different devices in one report: {', '.join(sorted(devices))}")
-    groups = [group for _, group in runs.values()]
+            origin = origin or record
+            for field in ("device", "commit", "dirty", "versions"):
+                if record[field] != origin[field]:
+                    both = f"{origin[field]!r} and {record[field]!r}"
+                    raise BadResults(f"{path}: results of more than one {field} in one report: {both}")
+            run = runs.setdefault(key(record["case"]), {}).setdefault(record["run"], {})
+            run[record["implementation"]] = record
+    groups = [max(of_case.items(), key=_worth)[1] for of_case in runs.values()]
+    if not any(times(record) for group in groups for record in group.values()):
+        raise BadResults(f"{', '.join(map(str, paths))}: no figures")
     return sorted(groups, key=lambda group: next(iter(group.values()))["rank"])
+
+
+def _worth(run: tuple[str, Group]) -> tuple[bool, str]:
+    begun, group = run
+    return all(record["complete"] for record in group.values()), begun
 
 
 def by_shape(groups: list[Group]) -> list[Group]:
@@ -52,9 +58,12 @@ def case_of(group: Group) -> dict[str, Any]:
 
 
 def times(record: Record, clock: str | None = None) -> dict[str, Any] | None:
-    """What a record says of a clock; without one, of the GPU's, or of the wall's where no GPU was timed."""
+    """What a record says of a clock; without one, of the GPU's, or of the wall's where no GPU was timed.
+
+    None where it says nothing, or where time ran out before all rounds: a few samples look more certain than they are.
+    """
     figures: dict[str, Any] | None = record[clock] if clock else record["gpu"] or record["wall"]
-    return figures
+    return figures if record["complete"] else None
 
 
 def speedup(group: Group, rival: str, over: str = OURS, clock: str | None = None) -> Ratio | None:

@@ -5,6 +5,7 @@ command with the same --out goes on where it stopped.
 """
 
 import argparse
+import functools
 import gc
 import sys
 import time
@@ -21,8 +22,14 @@ from benchmarks.comparison import measure
 from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
 from bert_fused.tuning import fp32_products
 
-# Seconds that a case may take, before one of its kind was seen.
-FIRST_GUESS = {"standard": 1.0, "max-autotune": 60.0}
+
+def first_guess(case: Case, device: str) -> float:
+    """Seconds that a case may take, before one of its kind was seen: most of them compile something."""
+    if device == "cpu":
+        return 1.0
+    if case.suite == "models":
+        return 180.0 if case.rivals == "max-autotune" else 60.0
+    return 60.0 if case.rivals == "max-autotune" else 10.0
 
 
 def main(argv: list[str]) -> int:
@@ -39,8 +46,8 @@ def main(argv: list[str]) -> int:
         parser.error("no CUDA device; --device cpu rehearses the run")
     if arguments.rounds is None:
         arguments.rounds = 30 if arguments.device == "cuda" else 100
-    if arguments.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if arguments.rounds < 1 or not arguments.budget >= 0:
+        parser.error("--rounds must be at least 1, and --budget not negative")
     shared = environment(arguments.device, arguments.commit)
     try:
         writer = Writer(arguments.out or default_path(shared), shared)
@@ -73,21 +80,22 @@ def _run(todo: list[Case], writer: Writer, arguments: argparse.Namespace) -> int
             if writer.has(case):
                 progress.advance(task)
                 continue
-            if left < longest.get(kind, FIRST_GUESS[case.rivals]):
+            if left < longest.get(kind, first_guess(case, arguments.device)):
                 # A smaller case of another kind may still fit.
                 continue
             begin = time.monotonic()
             try:
                 rows = _measure(case, arguments, deadline)
             except Exception as error:  # out of memory, say: what comes next may still fit
-                console.print(f"{case}: {type(error).__name__}: {error}", markup=False, highlight=False)
-                failed = True
-                continue
+                rows = [_failure(error)]
             longest[kind] = max(longest.get(kind, 0.0), time.monotonic() - begin)
             failed |= any(row["implementation"] == "ours" and row["error"] not in (None, "out of time") for row in rows)
             writer.write(case, rank, rows)
             progress.advance(task)
             console.print(_line(case, rows), markup=False, highlight=False, soft_wrap=True)
+            if not _is_alive(arguments.device):
+                console.print("the GPU can do no more after this case; the same command goes on with the next")
+                return 1
     done = sum(writer.has(case) for case in todo)
     console.print(f"{done} of {len(todo)} cases in {writer.path}, {time.monotonic() - start:.0f} s", highlight=False)
     return int(failed)
@@ -101,8 +109,6 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
     try:
         with fp32_products(case.dtype), torch.set_grad_enabled(case.suite == "training"):
             problem = make(case, device)
-            before = gpu_state(device)
-            rows = measure(problem, device=device, rounds=arguments.rounds, deadline=deadline)
             shared = {
                 "fill": problem.fill,
                 "roofline_us": ceilings.roofline_us(device, case.dtype, problem.flops, problem.bytes),
@@ -110,13 +116,32 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
                     "matmul_tflops": ceilings.matmul_tflops(device, case.dtype),
                     "copy_tb_per_s": ceilings.copy_tb_per_s(device),
                 },
-                "gpu_state": {"before": before, "after": gpu_state(device)} if device == "cuda" else None,
             }
+            state = functools.partial(gpu_state, device)
+            rows = measure(problem, device=device, rounds=arguments.rounds, deadline=deadline, state=state)
+            return [shared | row for row in rows]
     finally:
         gc.collect()
-        if device == "cuda":
+        if device == "cuda" and _is_alive(device):
             torch.cuda.empty_cache()
-    return [shared | row for row in rows]
+
+
+def _is_alive(device: str) -> bool:
+    """Whether a GPU still works: after a fault in a kernel nothing does."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """The row of a case that could not be measured at all."""
+    timed = ("compile_seconds", "peak_bytes", "gpu", "wall", "tflops", "gpu_state")
+    row: dict[str, Any] = dict.fromkeys((*timed, "computes", "accuracy", "fill", "roofline_us", "ceilings"))
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return row | {"implementation": "ours", "config": "", "error": reason, "complete": True}
 
 
 def _line(case: Case, rows: list[dict[str, Any]]) -> str:

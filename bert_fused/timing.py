@@ -6,6 +6,7 @@ turns in shuffled rounds, because a GPU's clock drifts by more than the differen
 ratio of two samples of one round.
 """
 
+import contextlib
 import math
 import random
 import time
@@ -20,8 +21,8 @@ Sampler = Callable[[], float]  # takes one sample: microseconds per call
 
 MIN_CALLS = 20
 MAX_BUFFERS = 384
-# At about 1 GHz or more, so at most this long: more than the host needs to enqueue a call.
-BACKLOG_SECONDS_PER_CALL = 1e-4
+# Clock cycles that the GPU sleeps while the host enqueues calls: about 1 ms, and 60 ms, at 2 GHz.
+FIRST_SLEEP, LAST_SLEEP = 2**21, 2**27
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,35 @@ def repeated(calls: Sequence[Call], minimum: int = MIN_CALLS) -> list[Call]:
     return list(calls) * math.ceil(minimum / len(calls))
 
 
-def graph_sampler(calls: Sequence[Call]) -> Sampler:
-    """Capture the calls in one CUDA graph; each sample replays it. Whatever compiles must have compiled before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """The calls in one CUDA graph. Whatever compiles must have compiled before.
+
+    Raises what a call raises that cannot be captured; PyTorch's allocator and stream are then as before, which
+    ``torch.cuda.graph`` alone leaves in the middle of a capture (torch 2.11).
+    """
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for call in calls[:3]:
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    before.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for call in calls:
+                call()
+    except BaseException:
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(RuntimeError):  # where the capture did end, as after running out of memory
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
+    return graph
+
+
+def graph_sampler(calls: Sequence[Call]) -> Sampler:
+    """Each sample replays a CUDA graph of the calls."""
+    graph = capture(calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
@@ -100,19 +118,25 @@ def graph_sampler(calls: Sequence[Call]) -> Sampler:
 def event_sampler(calls: Sequence[Call]) -> Sampler:
     """For calls that cannot be captured, since they replay graphs of their own or synchronise.
 
-    The GPU sleeps while the host enqueues them; a host that needs longer than that is part of the sample.
+    The GPU sleeps while the host enqueues them, for longer if it was found awake too early. What synchronises wakes it
+    however long it sleeps: then the host is part of the sample.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cycles = int(BACKLOG_SECONDS_PER_CALL * len(calls) * 1e9)
+    cycles = FIRST_SLEEP
 
     def sample() -> float:
-        torch.cuda._sleep(cycles)
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        return 1e3 * float(start.elapsed_time(end)) / len(calls)
+        nonlocal cycles
+        while True:
+            torch.cuda._sleep(cycles)
+            start.record()
+            for call in calls:
+                call()
+            end.record()
+            awake = start.query()
+            end.synchronize()
+            if not awake or cycles >= LAST_SLEEP:
+                return 1e3 * float(start.elapsed_time(end)) / len(calls)
+            cycles *= 2
 
     return sample
 

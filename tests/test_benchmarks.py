@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from benchmarks import comparison, linear, models, report, run
+from benchmarks import ceilings, comparison, linear, models, plots, records, report, run
 from benchmarks.cases import SUITES, Case, cases
 from benchmarks.comparison import Implementation, each, figures, measure
 from benchmarks.records import BadResults, Writer, default_path, environment, parse, read
+from bert_fused import accuracy
 from bert_fused.timing import wall_sampler
+from bert_fused.tuning import fp32_products
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case("modules", "MiniLM", "float32", "gelu", 48, 96, 64)
@@ -93,7 +95,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path, capsys: py
     out = tmp_path / "r.jsonl"
     arguments = ["--quick", "--device", "cpu", "--rounds", "1", "--suite", "modules", "--out", str(out)]
     assert run.main([*arguments, "--budget", "0"]) == 0
-    assert not out.exists()
+    assert out.read_text() == ""
     assert "0 of 2 cases" in capsys.readouterr().err
     assert run.main(arguments) == 0
     first = out.read_text()
@@ -239,13 +241,83 @@ def test_a_record_that_breaks_the_schema(
     assert re.search(f"line 3: .*{complaint}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("case", [], "not a case"),
+        ("case", None, "not a case"),
+        ("case", {"a": [1]}, "not a case"),
+        ("run", 5, "not a run's time"),
+        ("fill", math.nan, "NaN is not a number"),
+    ],
+)
+@pytest.mark.parametrize("who", ["run", "report"])
+def test_a_record_of_other_types(
+    who: str, field: str, value: Any, complaint: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads(results.read_text().splitlines()[0]) | {field: value}
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    command = {"run": ["--device", "cpu", "--out", str(path)], "report": [str(path)]}[who]
+    assert (run if who == "run" else report).main(command) == 2
+    assert re.search(f"line 1: .*{complaint}", capsys.readouterr().err)
+
+
+def test_json_too_deep_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("[" * 200000)
+    assert report.main([str(path)]) == 2
+    assert "line 1: not JSON, or cut off" in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_written(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device", "cpu", "--quick", "--out", "/proc/nowhere/r.jsonl"]) == 2
+    assert run.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 2
+    (tmp_path / "README.md").mkdir()
+    assert report.main([str(results), "--out", str(tmp_path)]) == 2
+    assert report.main([str(results), "--out", str(results)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+@pytest.mark.parametrize("change", [{"commit": "f" * 40}, {"dirty": True}, {"versions": {"python": "4", "torch": "5"}}])
+def test_origins_are_not_mixed(change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (field,) = change
+    first = made_up(tmp_path / "a.jsonl", {"ours": 1.0, "eager": 1.0})
+    second = tmp_path / "b.jsonl"
+    second.write_text("".join(json.dumps(json.loads(line) | change) + "\n" for line in first.open()))
+    assert report.main([str(first), str(second)]) == 2
+    assert f"more than one {field} in one report" in capsys.readouterr().err
+    shared = environment("cpu", "a" * 40)
+    Writer(tmp_path / "c.jsonl", shared).write(SMALL, 1, [{"complete": True}])
+    with pytest.raises(BadResults, match=f"another {field}"):
+        Writer(tmp_path / "c.jsonl", shared | change)
+
+
+def test_an_incomplete_case_has_no_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_up(tmp_path / "r.jsonl", {"ours": 10.0, "eager": 5.0})
+    other = dataclasses.asdict(dataclasses.replace(SMALL, M=49))
+    cut_short = [json.loads(line) | {"case": other, "complete": False} for line in path.read_text().splitlines()]
+    # A later run of the first case that was cut short does not replace what is complete.
+    cut_short += [r | {"case": dataclasses.asdict(SMALL), "run": "2999-01-01T00:00:00Z"} for r in cut_short]
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in cut_short)
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "| MiniLM 64→96 M=48 | 10.04 |" in text
+    assert "| MiniLM 64→96 M=49 | - | - | - | - | - | - |" in text
+    assert "No figure for ours, MiniLM 64→96 M=49: time ran out before all rounds" in text
+    path.write_text("".join(json.dumps(record) + "\n" for record in cut_short))
+    assert report.main([str(path)]) == 2
+    assert "no figures" in capsys.readouterr().err
+
+
 def test_files_with_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     assert report.main([str(empty)]) == 2
     assert report.main([str(tmp_path / "missing.jsonl")]) == 2
     first, second, *rest = capsys.readouterr().err.splitlines()
-    assert "empty.jsonl: no records" in first
+    assert "empty.jsonl: no figures" in first
     assert "No such file" in second
     assert not rest
 
@@ -271,7 +343,9 @@ def made_up(path: Path, times: dict[str, float], *, name: str = "made up", dirty
 
 def test_winners_losers_and_other_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"ours": 10.0, "eager": 15.0, "torch.compile": 8.0, "F.linear": 9.0, "eager in a CUDA graph": 12.0}
-    path = made_up(tmp_path / "r.jsonl", times | {"ours in a CUDA graph": 8.0, "eager again": 15.3})
+    path = made_up(
+        tmp_path / "r$.jsonl", times | {"ours in a CUDA graph": 8.0, "eager again": 15.3}, name="$GPU$ 1_x^2"
+    )
     assert report.main([str(path)]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| MiniLM"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -285,6 +359,13 @@ def test_winners_losers_and_other_functions(tmp_path: Path, capsys: pytest.Captu
     assert cells[8].startswith("1.500 [")
     assert cells[9] == "10%"
     assert len(cells) == 10
+    # In the pictures red is the loss, and nothing else is.
+    assert report.main([str(path), "--out", str(tmp_path / "d")]) == 0
+    assert (tmp_path / "d" / "rivals-modules.svg").read_text().count("fill: " + plots.LOST) == 1
+    assert plots.LOST not in (tmp_path / "d" / "speedup.svg").read_text()
+    made_up(tmp_path / "slower.jsonl", {"ours": 10.0, "eager": 9.0})
+    assert report.main([str(tmp_path / "slower.jsonl"), "--out", str(tmp_path / "e")]) == 0
+    assert plots.LOST in (tmp_path / "e" / "speedup.svg").read_text()
 
 
 def test_the_later_run_of_a_case_counts(tmp_path: Path) -> None:
@@ -313,7 +394,9 @@ def test_devices_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     files = [str(made_up(tmp_path / f"{name}.jsonl", {"ours": 1.0, "eager": 1.0}, name=name)) for name in ("A", "B")]
     assert report.main(files) == 2
     assert report.main(["--compare", *files]) == 2
-    assert capsys.readouterr().err.count("different devices") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "more than one device" in first
+    assert "different devices" in second
 
 
 # --------------------------------------------------------------------------------------------------- wrong is refused
@@ -398,6 +481,144 @@ def test_a_wrong_model_gets_no_figure(wrong: Any, monkeypatch: pytest.MonkeyPatc
     assert rows["ours"]["error"] is rows["eager"]["error"] is None
 
 
+def test_an_unwritten_element_and_an_error_above_eagers_are_wrong() -> None:
+    x, weight, bias = torch.randn(48, 64).half(), torch.randn(96, 64).half(), torch.randn(96).half()
+
+    def mostly_written(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty(len(x), len(weight), dtype=x.dtype)
+        out[:-1] = F.gelu(F.linear(x, weight, bias))[:-1]
+        return out
+
+    def rounded_once_more(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias)).bfloat16().half()
+
+    assert accuracy.check(lambda *inputs: F.gelu(F.linear(*inputs)), "gelu", x, weight, bias)["rms_error"] > 0
+    for wrong in (mostly_written, rounded_once_more):
+        with pytest.raises(ValueError, match="wrong result"):
+            accuracy.check(wrong, "gelu", x, weight, bias)
+    # Its sweep is right: only the error on the data gives it away.
+    scale = torch.where(torch.arange(48) == 7, 1.01, 1.0)[:, None].half()
+    with pytest.raises(ValueError, match="wrong result: max error"):
+        accuracy.check(lambda x, w, b: F.gelu(F.linear(x, w, b)) * (scale if b.any() else 1), "gelu", x, weight, bias)
+
+
+def test_what_a_problem_says_of_itself() -> None:
+    module = linear.problem(dataclasses.replace(SMALL, dtype="bfloat16"), "cpu")
+    assert module.flops == 2 * 48 * 96 * 64
+    assert module.bytes == 2 * (48 * 64 + 96 * 64 + 48 * 96)
+    training = linear.problem(dataclasses.replace(SMALL, suite="training"), "cpu")
+    assert (training.flops, training.bytes) == (3 * module.flops, 3 * 2 * module.bytes)
+    for inputs in (module.sets, training.sets):
+        assert len({tensor.data_ptr() for tensors in inputs for tensor in tensors}) == sum(map(len, inputs))
+        assert all(tensors[0].float().std() > 0.5 for tensors in inputs)
+        assert len(inputs) >= 4
+
+
+def test_a_model_counts_tokens_that_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.LAYERS_AND_HEADS, "tiny", (1, 2))
+    case = Case("models", "tiny", "float32", "gelu", 32, 128, 64, 2, 16, ragged=True)
+    problem = models.problem(case, "cpu")
+    weights = 4 * (64 * 64 + 64) + 2 * 64 * 128 + 128 + 64 + 2 * 2 * 64
+    real = sum(int(mask.sum()) for _, mask in problem.sets) / len(problem.sets)
+    assert problem.flops == 2 * real * weights
+    assert problem.fill == real / 32 < 1
+    # What stands at padding is nobody's business, what stands at a token is.
+    ids, mask = problem.sets[0]
+    hidden, pooled = models.eager(models.make_model(case, "cpu"))(ids, mask)
+    exact = (hidden.double(), pooled.double())
+    noisy = (hidden + 1e-3 * (mask == 0)[..., None], pooled)
+    assert models._compare(noisy, mask, exact, (hidden, pooled))["hidden_rms"] == 0
+    with pytest.raises(ValueError, match="hidden"):
+        models._compare((hidden + 1e-3 * mask[..., None], pooled), mask, exact, (hidden, pooled))
+
+
+def test_without_padding_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while a CUDA graph is captured, when transformers 5.17 makes one."""
+    monkeypatch.setitem(models.LAYERS_AND_HEADS, "tiny", (1, 2))
+    case = Case("models", "tiny", "float32", "gelu", 32, 128, 64, 2, 16)
+    model = models.make_model(case, "cpu")
+    (ids, mask), *_ = models.make_inputs(case, "cpu")
+    assert mask is None
+    masks: list[Any] = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        masks.append(kwargs.get("attn_mask"))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    hidden, pooled = models.eager(model)(ids, None)
+    assert masks == [None]
+    direct = model(ids)
+    assert torch.equal(hidden, direct.last_hidden_state)
+    assert torch.equal(pooled, direct.pooler_output)
+
+
+def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_microseconds", lambda device, call: 2.0)
+    ceilings.matmul_tflops.cache_clear()
+    ceilings.copy_tb_per_s.cache_clear()
+    tflops, tb_per_s = ceilings.matmul_tflops("cpu", "float32"), ceilings.copy_tb_per_s("cpu")
+    assert tflops == pytest.approx(2 * 256**3 / 2e-6 / 1e12)
+    assert tb_per_s == pytest.approx(2 * 2**24 / 2e-6 / 1e12)
+    assert ceilings.roofline_us("cpu", "float32", 1e12, 1.0) == pytest.approx(1e6 / tflops)
+    assert ceilings.roofline_us("cpu", "float32", 1.0, 1e12) == pytest.approx(1e6 / tb_per_s)
+    ceilings.matmul_tflops.cache_clear()
+    ceilings.copy_tb_per_s.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "setting"), [("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")])
+def test_how_fp32_is_multiplied(dtype: str, setting: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    with fp32_products(dtype):
+        assert torch.backends.cuda.matmul.fp32_precision == setting
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_a_case_that_fails_is_recorded_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = linear.problem
+
+    def failing(case: Case, device: str) -> Any:
+        if case.M == 8:
+            raise RuntimeError("out of memory\nand more")
+        return honest(case, device)
+
+    monkeypatch.setattr(linear, "problem", failing)
+    out = tmp_path / "r.jsonl"
+    arguments = ["--quick", "--device", "cpu", "--rounds", "1", "--suite", "modules", "--out", str(out)]
+    assert run.main(arguments) == 1
+    errors = [record["error"] for record in read(out)]
+    assert errors == ["RuntimeError: out of memory"] + [None] * 4
+    assert run.main(arguments) == 0
+    assert len(read(out)) == 5
+    assert "ours (RuntimeError: out of memory)" in capsys.readouterr().err
+
+
+def test_a_case_is_not_begun_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def slow(case: Case, *_: Any) -> list[dict[str, Any]]:
+        now[0] += 40
+        return [run._failure(ValueError("none"))]
+
+    monkeypatch.setattr(run, "_measure", slow)
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    arguments = ["--device", "cpu", "--suite", "modules", "--budget", "100", "--out", str(tmp_path / "r.jsonl")]
+    run.main(arguments)
+    assert now[0] == 80
+
+
+def test_a_dirty_tree_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMMIT", raising=False)
+    for described, expected in (("abc-dirty", ("abc", True)), ("abc", ("abc", False)), (None, ("unknown", None))):
+        monkeypatch.setattr(records, "_output", lambda *command, described=described: described)
+        shared = environment("cpu", None)
+        assert (shared["commit"], shared["dirty"]) == expected
+
+
 def test_a_deadline_leaves_what_there_is() -> None:
     rows = measure(linear.problem(SMALL, "cpu"), device="cpu", rounds=3, deadline=-math.inf)
     assert {row["error"] for row in rows} == {"out of time"}
@@ -466,5 +687,5 @@ def test_what_cannot_be_captured_is_timed_with_events(monkeypatch: pytest.Monkey
         rows = measure(problem, device="cuda", rounds=2)
     assert [row["gpu"]["method"] for row in rows] == ["graph", "events", "events"]
     assert [row["wall"]["method"] for row in rows] == ["wall"] * 3
-    assert {row["peak_bytes"] for row in rows} == {250}
+    assert [row["peak_bytes"] for row in rows] == [250, 250, None]
     assert all(row["complete"] and row["error"] is None for row in rows)

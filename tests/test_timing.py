@@ -91,3 +91,15 @@ def test_buffers_outgrow_the_cache_and_share_the_calls() -> None:
     assert wall_sampler(calls, lambda: None)() > 0
     assert len(calls) == 21
     assert [seen.count(i) for i in range(7)] == [3] * 7
+
+
+def test_a_deadline_ends_the_rounds() -> None:
+    calls: list[str] = []
+    assert interleave({"a": lambda: float(calls.append("a") or 1)}, rounds=9, deadline=-math.inf) == {"a": []}
+    assert calls == ["a"]  # the warm-up
+
+
+def test_the_wall_clock_waits_for_the_device_on_both_sides() -> None:
+    happened: list[str] = []
+    wall_sampler([lambda: happened.append("call")] * 2, lambda: happened.append("wait"))()
+    assert happened == ["wait", "call", "call", "wait"]
