@@ -284,7 +284,8 @@ def test_origins_are_not_mixed(change: dict[str, Any], tmp_path: Path, capsys: p
     (field,) = change
     first = made_up(tmp_path / "a.jsonl", {"ours": 1.0, "eager": 1.0})
     second = tmp_path / "b.jsonl"
-    second.write_text("".join(json.dumps(json.loads(line) | change) + "\n" for line in first.open()))
+    lines = first.read_text().splitlines()
+    second.write_text("".join(json.dumps(json.loads(line) | change) + "\n" for line in lines))
     assert report.main([str(first), str(second)]) == 2
     assert f"more than one {field} in one report" in capsys.readouterr().err
     shared = environment("cpu", "a" * 40)
