@@ -47,6 +47,7 @@ def measure(rounds: int, planted_us: float) -> dict[str, Any]:
     from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
     from bert_fused import FusedBertIntermediate, FusedBertPooler, modules
+    from bert_fused.kernels import replay
     from bert_fused.kernels.linear_act import linear_act_fwd
     from bert_fused.timing import interleave, ratio, summarize
 
@@ -71,7 +72,12 @@ def measure(rounds: int, planted_us: float) -> dict[str, Any]:
         }
     forward = functools.partial(linear_act_fwd, activation="gelu", save_preact=False)
     rows, wide = x.view(-1, HIDDEN), torch.empty(TMA_TOKENS, 64, dtype=torch.float16)
-    calls["launcher"] = functools.partial(forward, rows, ours.dense.weight, ours.dense.bias)
+    weight, bias = ours.dense.weight, ours.dense.bias
+    with torch.no_grad():
+        ours(x)
+    kept = replay.calls[replay.key_of(x, weight, bias, "gelu", False)]
+    calls["launcher"] = functools.partial(kept, x, weight, bias)
+    calls["launcher_new"] = functools.partial(forward, rows, weight, bias)
     calls["launcher_tma"] = functools.partial(forward, wide, wide[:64], None)
 
     for name, call in calls.items():
@@ -105,8 +111,8 @@ def _sample(call: Call, set_grad_enabled: Callable[[bool], Any], grad: bool) -> 
 
 def _slowed(function: Callable[..., Any], microseconds: float) -> Callable[..., Any]:
     def slowed(*args: Any) -> Any:
-        end = time.perf_counter() + 1e-6 * microseconds
-        while time.perf_counter() < end:
+        end = time.thread_time() + 1e-6 * microseconds
+        while time.thread_time() < end:
             pass
         return function(*args)
 
@@ -131,8 +137,8 @@ def print_table(figures: dict[str, Any]) -> None:
             share = f"{figures[f'{kind}{mode}_ratio']:.2f} [{low:.2f}, {high:.2f}]"
             share += f", budget {BUDGETS[mode]:.2f}" if not kind and mode in BUDGETS else ""
             print(f"{label + ', ' + mode:<32}{ours:>8.2f}{eager:>8.2f}   {share}")
-    print(f"{'launcher alone':<32}{figures['launcher_us']:>8.2f}")
-    print(f"{'launcher alone, TMA':<32}{figures['launcher_tma_us']:>8.2f}")
+    for name, label in (("launcher", "launcher alone"), ("launcher_new", "no call kept"), ("launcher_tma", "TMA")):
+        print(f"{label:<32}{figures[f'{name}_us']:>8.2f}")
     print("a driver that does nothing, on this machine's CPU: only the ratios mean something elsewhere")
 
 
