@@ -115,9 +115,7 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
             for subtiles in (1, 2) if tile[1] >= 128 else (1,):
                 looped = dataclasses.replace(plain, persistent=1, subtiles=subtiles)
                 yield dataclasses.replace(looped, persistent=resident_blocks(looped, arch))
-    if arch >= 100:
-        yield config("tma", (128, 256, 64, 8, 3), persistent=1, flatten=True, warp_specialize=True)
-    elif _tiles(config("tma", (64, 128, 64, 4, 3)), M, N) > 2 * chip_of(arch).sms:
+    if arch < 100 and _tiles(config("tma", (64, 128, 64, 4, 3)), M, N) > 2 * chip_of(arch).sms:
         yield config("tma", (64, 128, 64, 4, 3), persistent=1, warp_specialize=True)
         yield config("tma", (128, 128, 64, 4, 3), persistent=2, subtiles=2, flatten=True)
 
@@ -149,8 +147,8 @@ def shared_bytes(config: Config, arch: int) -> int:
     in_place = 90 <= arch < 120 and config.block_m >= 64
     pipeline = operands * (config.num_stages if in_place else max(config.num_stages - 1, 1))
     store = config.block_m * config.block_n // config.subtiles * _itemsize(config) if config.persistent else 0
-    # Warp specialization on Hopper keeps the buffers of the output and of the pre-activation apart.
-    return pipeline + store * (2 if config.warp_specialize and arch < 100 else 1) + 1024
+    # Warp specialization keeps the buffers of the output and of the pre-activation apart.
+    return pipeline + store * (2 if config.warp_specialize else 1) + 1024
 
 
 def resident_blocks(config: Config, arch: int) -> int:
