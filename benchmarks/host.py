@@ -110,11 +110,11 @@ def _sample(call: Call, set_grad_enabled: Callable[[bool], Any], grad: bool) -> 
 
 
 def _slowed(function: Callable[..., Any], microseconds: float) -> Callable[..., Any]:
-    def slowed(*args: Any) -> Any:
+    def slowed(*args: Any, **kwargs: Any) -> Any:
         end = time.thread_time() + 1e-6 * microseconds
         while time.thread_time() < end:
             pass
-        return function(*args)
+        return function(*args, **kwargs)
 
     return slowed
 
