@@ -183,8 +183,9 @@ def unlaunchable(config: Config, arch: int) -> str | None:
         return None
     if config.kernel == "tma" and arch not in TMA_ARCHS:
         return f"sm_{arch} has no tensor memory accelerator"
-    if max(config.block_m, config.block_n, config.block_k) > 256 or config.num_warps > 16:
-        return "blocks end at 256 and warps at 16"
+    blocks = (config.block_m, config.block_n, config.block_k)
+    if min(blocks) < 16 or max(blocks) > 256 or max(config.num_warps, config.split_k, config.persistent) > 16:
+        return "blocks are 16 to 256, warps, splits and blocks per SM at most 16"
     # The pipeline of an sm_8x keeps num_stages - 1 tiles in flight, that of an sm_90 all.
     stages = config.num_stages - (arch < 90 or arch >= 120)
     operands = (config.block_m + config.block_n) * config.block_k * (2 if "16" in config.dtype else 4)
