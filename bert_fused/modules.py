@@ -181,11 +181,6 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], getattr(kind, "original", kind))
 
 
-def _recompute_now(module: nn.Module) -> bool:
-    """The module's choice, also if another thread has unfused it since the call began."""
-    return bool(module.__dict__.get("recompute_preact", False))
-
-
 def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden_states: Any) -> str | None:
     """The kernels' name for a module's activation, or None if the module must step aside in this call.
 
@@ -224,7 +219,7 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 class _FusedIntermediate(nn.Module):
     original: type[nn.Module]
-    # An argument of ``linear_act``. Where it is true it is an attribute of the instance, which ``fuse`` sets.
+    # An argument of ``linear_act``. ``fuse`` makes it an attribute of the instance where it is true, and only there.
     recompute_preact = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -233,7 +228,9 @@ class _FusedIntermediate(nn.Module):
         activation = _activation_now(original, function, dense, hidden_states)
         if activation is None:
             return cast(Tensor, original.forward(self, hidden_states))
-        return linear_act(hidden_states, weight, bias, activation, recompute_preact=_recompute_now(self))
+        if "recompute_preact" in self.__dict__:
+            return linear_act(hidden_states, weight, bias, activation, recompute_preact=True)
+        return linear_act(hidden_states, weight, bias, activation)
 
 
 class _FusedPooler(nn.Module):
@@ -246,7 +243,9 @@ class _FusedPooler(nn.Module):
         activation = _activation_now(original, function, dense, hidden_states)
         if activation is None or hidden_states.dim() != 3:
             return cast(Tensor, original.forward(self, hidden_states))
-        return cls_pool(hidden_states, weight, bias, activation, recompute_preact=_recompute_now(self))
+        if "recompute_preact" in self.__dict__:
+            return cls_pool(hidden_states, weight, bias, activation, recompute_preact=True)
+        return cls_pool(hidden_states, weight, bias, activation)
 
 
 class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]
