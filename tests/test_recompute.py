@@ -1,8 +1,8 @@
 """``recompute_preact``: the same gradients from less memory."""
 
 import copy
-import math
 import itertools
+import math
 import pickle
 from collections.abc import Callable, Iterator
 
