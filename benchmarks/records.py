@@ -171,7 +171,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _commit(given: str | None) -> tuple[str, bool | None]:

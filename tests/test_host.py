@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,8 @@ def test_not_on_linux(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_a_child_that_fails_is_no_measurement(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(host, "ROOT", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", "")
+    without_the_stub = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    monkeypatch.setattr(stub_driver, "environment", lambda directory: without_the_stub)
     out = tmp_path / "host.json"
     assert host.main(["--json", str(out)]) == 2
     assert "failed; its messages are above" in capfd.readouterr().err
