@@ -6,7 +6,7 @@ what=$1
 python=$2
 unset TRITON_INTERPRET BERT_FUSED_DISABLE
 export PYTHONUNBUFFERED=1
-if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
     echo "gpu.sh: $python sees no NVIDIA GPU" >&2
     exit 2
 fi

@@ -38,16 +38,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="stop after this long")
-    parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 100)")
+    parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 200)")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where records go, and where to go on from")
     parser.add_argument("--commit", help="what is measured, where there is no git; may end in -dirty")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu rehearses the run")
     if arguments.rounds is None:
-        arguments.rounds = 30 if arguments.device == "cuda" else 100
+        arguments.rounds = 30 if arguments.device == "cuda" else 200
     if arguments.rounds < 1 or not arguments.budget >= 0:
         parser.error("--rounds must be at least 1, and --budget not negative")
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other make a noise that a rehearsal can do without
     shared = environment(arguments.device, arguments.commit)
     try:
         writer = Writer(arguments.out or default_path(shared), shared)
