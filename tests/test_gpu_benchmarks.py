@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gpu import DEVICE, MARKS, needs_gpu
 
 from benchmarks import linear, models, run
 from benchmarks.cases import Case
 from benchmarks.comparison import Problem, measure
+from bert_fused.accuracy import check
 from bert_fused.timing import capture, event_sampler, graph_sampler
 
 pytestmark = [*MARKS, needs_gpu]
@@ -26,6 +28,18 @@ def test_a_failed_capture_leaves_the_next_one_in_peace() -> None:
     sample = graph_sampler([lambda: x @ x] * 20)
     assert sample() > 0
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_what_an_implementation_allocates_is_poisoned() -> None:
+    """Else memory that still holds the right result would pass for a result. A CPU's allocator promises no reuse."""
+    poisoned: list[bool] = []
+
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        poisoned.append(bool(torch.empty(len(x), len(weight), device=DEVICE).isnan().all()))
+        return F.gelu(F.linear(x, weight, bias))
+
+    check(call, "gelu", *(torch.randn(*shape, device=DEVICE) for shape in ((512, 64), (1024, 64), (1024,))))
+    assert all(poisoned)
 
 
 def test_the_clocks_agree() -> None:
