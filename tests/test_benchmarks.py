@@ -678,10 +678,6 @@ def test_every_case_of_the_plan_is_there() -> None:
     assert {(c.K, c.N) for c in ranked if c.model == "tritonbench"} == {(2**i, 2 ** (i + 2)) for i in range(10, 14)}
 
 
-def test_bad_results_are_value_errors() -> None:
-    assert issubclass(BadResults, ValueError)
-
-
 def test_what_cannot_be_captured_is_timed_with_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch of a GPU, its clock and its memory counters played by the CPU's."""
 

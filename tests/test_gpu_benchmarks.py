@@ -1,6 +1,7 @@
 """The benchmarks' clocks and rivals on an NVIDIA GPU, before a session is spent on them. ``make gpu`` runs this."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_every_rival_gets_its_figures(case: Case, monkeypatch: pytest.MonkeyPatc
     assert ("ours in a CUDA graph" in names) == (case.suite != "training")
 
 
-def test_a_quick_run_of_the_command(tmp_path: pytest.TempPathFactory) -> None:
+def test_a_quick_run_of_the_command(tmp_path: Path) -> None:
     out = f"{tmp_path}/r.jsonl"
     arguments = ["--device", "cuda", "--quick", "--suite", "pooler", "--rounds", "3", "--out", out]
     assert run.main([*arguments, "--commit", "0" * 40]) == 0
