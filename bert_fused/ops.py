@@ -1,5 +1,6 @@
 """``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import device_reason, fallback_reason, forward_ad_is_active, is_plain, log_once
 from .kernels import replay
-from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT
+from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT, NEEDS_PREACT
 
 _library = torch.library.Library("bert_fused", "DEF")
 _library.define(
@@ -73,7 +74,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     out, preact = output
     x_grad, weight_grad = ctx.needs_input_grad[:2]
     from_output = activation in GRAD_FROM_OUTPUT
-    recompute = not (save_preact or from_output or activation == "none")
+    recompute = not save_preact and activation in NEEDS_PREACT
     ctx.how = activation, save_preact, recompute
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
@@ -84,10 +85,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     )
 
 
-def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of ``linear_act_fwd``'s inputs. ``d_preact_direct`` comes only from a double backward."""
+def _backward(
+    ctx: Any, how: tuple[str, bool, bool], d_out: Tensor | None, d_preact_direct: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias. ``d_preact_direct`` comes only from a double backward."""
     x, weight, bias, saved = ctx.saved_tensors
-    activation, save_preact, recompute = ctx.how
+    activation, save_preact, recompute = how
     x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
     if not save_preact or torch.compiler.is_compiling():
         d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
@@ -106,12 +109,12 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
     else:
         d_preact, d_bias = torch.ops.bert_fused.linear_act_bwd(d_out, saved, activation, bias_grad)
     if d_preact is None:
-        return None, None, None, None, None
+        return None, None, None
     if bias_grad and d_bias is None:
         d_bias = d_preact.sum(0)
     d_x = (d_preact @ weight).reshape(*leading, weight.shape[1]) if x_grad else None
     d_weight = d_preact.t() @ x if weight_grad else None
-    return d_x, d_weight, d_bias if bias_grad else None, None, None
+    return d_x, d_weight, d_bias if bias_grad else None
 
 
 def _rows(tensor: Any) -> Any:
@@ -131,40 +134,52 @@ class _LinearAct(torch.autograd.Function):
         _save(ctx, (x, weight, bias, activation, save_preact), output)
         return output
 
-    backward = staticmethod(_backward)
-
-
-class _PlainLinearAct(torch.autograd.Function):
-    """``_LinearAct`` in eager mode: it is given ``(out, preact)``, and x has any number of dimensions.
-
-    A kept call and a new one save the same, since checkpointing compares what forward and recomputation save.
-    """
-
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, output: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        out, preact = output
-        x_grad, weight_grad, _, _, _ = ctx.needs_input_grad
-        ctx.how = activation, preact is not None, False
-        ctx.set_materialize_grads(False)
-        if preact is None and activation in GRAD_FROM_OUTPUT:
-            preact = out
-        ctx.save_for_backward(x if weight_grad else None, weight if x_grad else None, None, preact)
-        return output
-
-    backward = staticmethod(_backward)
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, ctx.how, *d_outputs), None, None
 
 
+def _eager_graph(activation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """``_LinearAct`` in eager mode: ``(x, weight, bias, (out, preact))`` to these outputs with their graph, where x has
+    any number of dimensions.
+
+    One function for each activation, and as few steps as can be: this is a third of a call's time. A kept call and a
+    new one save the same, since checkpointing compares what forward and recomputation save.
+    """
+    how = activation, activation in NEEDS_PREACT, False
+    from_output = activation in GRAD_FROM_OUTPUT
+
+    class LinearAct(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: tuple[Tensor, Tensor | None]
+        ) -> tuple[Tensor, Tensor | None]:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(
+                x if weight.requires_grad else None,
+                weight if x.requires_grad else None,
+                None,
+                outputs[0] if from_output else outputs[1],
+            )
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *_backward(ctx, how, *d_outputs), None
+
+    # What ``apply`` comes to where no functorch transform is active: half of its time goes into asking.
+    return cast(Callable[..., tuple[Tensor, Tensor | None]], super(torch.autograd.Function, LinearAct).apply)
+
+
+_graph_of = {activation: _eager_graph(activation) for activation in ACTIVATIONS}
 _kept_call = replay.calls.get
-
-# What ``apply`` comes to where no functorch transform is active: half of its time goes into asking.
-_apply_plain = super(torch.autograd.Function, _PlainLinearAct).apply
+_key_of = replay.key_of
+_is_grad_enabled = torch.is_grad_enabled
 
 
 torch.library.register_autograd(
     "bert_fused::linear_act_fwd",
-    _backward,
+    lambda ctx, *d_outputs: (*_backward(ctx, ctx.how, *d_outputs), None, None),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
     lib=_library,
 )
@@ -198,17 +213,15 @@ def linear_act(
         TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
-    plain = not torch.compiler.is_compiling() and not recompute_preact and is_plain(x, weight, bias)
-    if plain:
-        needs_grad = torch.is_grad_enabled() and (
+    if not recompute_preact and not torch.compiler.is_dynamo_compiling() and is_plain(x, weight, bias):
+        needs_grad = _is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        key = replay.key_of(x, weight, bias, activation, needs_grad)
-        call = _kept_call(key)
+        call = _kept_call(_key_of(x, weight, bias, activation, needs_grad and activation in NEEDS_PREACT))
         output = call(x, weight, bias) if call is not None else None
         if output is not None:
             if needs_grad:
-                return _apply_plain(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
+                return _graph_of[activation](x, weight, bias, output)[0]
             return output[0]
     if isinstance(x, Tensor) and x.is_nested:
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
@@ -223,49 +236,31 @@ def linear_act(
             log_once(reason)
         return reference.linear_act(x, weight, bias, activation)
 
-    if plain:
-        output = _call_and_keep(key, x, weight, bias, activation, needs_grad)
-        if needs_grad:
-            return _apply_plain(x, weight, bias, activation, output)[0]  # type: ignore[no-any-return, no-untyped-call]
-        return output[0]
-    out = _call(_flat(x), weight, bias, activation, recompute_preact)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-
-
-def _call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool) -> Tensor:
-    """x ``[M, K]``, all checked, to ``[M, N]``, where the call is not one to be kept."""
-    if torch.is_grad_enabled() and (
+    needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        save_preact = not recompute_preact and activation not in (*GRAD_FROM_OUTPUT, "none")
+    )
+    if torch.compiler.is_compiling() or (recompute_preact and needs_grad):
+        rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+        out = _call_operator(rows, weight, bias, activation, recompute_preact, needs_grad)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+    from .kernels.linear_act import linear_act_fwd
+
+    save_preact = needs_grad and activation in NEEDS_PREACT
+    output = linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact)
+    if needs_grad:
+        return _graph_of[activation](x, weight, bias, output)[0]
+    return output[0]
+
+
+def _call_operator(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool, needs_grad: bool
+) -> Tensor:
+    """x ``[M, K]`` to ``[M, N]`` by what torch.compile can trace."""
+    if needs_grad:
+        save_preact = not recompute_preact and activation in NEEDS_PREACT
         return _LinearAct.apply(x, weight, bias, activation, save_preact)[0]  # type: ignore[no-any-return, no-untyped-call]
-    if torch.compiler.is_compiling():
-        return cast(Tensor, torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, False)[0])
-    from .kernels.linear_act import linear_act_fwd
-
-    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=False)[0]
-
-
-def _call_and_keep(
-    key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``(out, preact)`` with x's leading dimensions, as a kept call gives them."""
-    from .kernels.linear_act import linear_act_fwd
-
-    save_preact = needs_grad and activation not in (*GRAD_FROM_OUTPUT, "none")
-    with torch.no_grad(), replay.recording() as launches:
-        out, preact = linear_act_fwd(_flat(x), weight, bias, activation=activation, save_preact=save_preact)
-    shape = (*x.shape[:-1], weight.shape[0])
-    replay.keep(key, launches, (x, weight, bias, out, preact), shape)
-    if x.dim() != 2:
-        # A view cannot be detached in place, and eager's result is none.
-        out = torch.ops.aten._unsafe_view(out, shape)
-        preact = None if preact is None else torch.ops.aten._unsafe_view(preact, shape)
-    return out, preact
+    return cast(Tensor, torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, False)[0])
 
 
 def cls_pool(

@@ -13,6 +13,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu", "tanh", "none"
 
 # Activations whose derivative is a function of their output, so that the pre-activation need not be kept.
 GRAD_FROM_OUTPUT = ("relu", "tanh")
+NEEDS_PREACT = frozenset(ACTIVATIONS) - {*GRAD_FROM_OUTPUT, "none"}
 
 
 def act(z: Tensor, activation: str) -> Tensor:
@@ -65,7 +66,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     return act(F.linear(x, weight, bias), activation)
 
 
-__all__ = ["ACTIVATIONS", "GRAD_FROM_OUTPUT", "act", "act_grad", "linear_act"]
+__all__ = ["ACTIVATIONS", "GRAD_FROM_OUTPUT", "NEEDS_PREACT", "act", "act_grad", "linear_act"]
 
 
 def error_bound(

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .activations import apply_activation
 from .launch import launch
+from .replay import Launch
 
 BLOCK = 1024
 
@@ -19,11 +20,10 @@ def act_fwd_kernel(preact_ptr, out_ptr, numel, ACTIVATION: tl.constexpr, BLOCK: 
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def act_fwd(preact: torch.Tensor, activation: str, *, out: torch.Tensor) -> torch.Tensor:
+def act_fwd(preact: torch.Tensor, activation: str, *, out: torch.Tensor) -> Launch | None:
     """Write ``act(preact)`` to ``out``, which may be ``preact`` itself. Both contiguous, of one shape and dtype."""
     if activation == "none" and out is preact:
-        return out
+        return None
     grid = (triton.cdiv(preact.numel(), BLOCK),)
     constants = {"ACTIVATION": activation, "BLOCK": BLOCK, "enable_fp_fusion": True}
-    launch(act_fwd_kernel, grid, preact, out, preact.numel(), **constants)
-    return out
+    return launch(act_fwd_kernel, grid, preact, out, preact.numel(), **constants)

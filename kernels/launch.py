@@ -8,7 +8,11 @@ Kept are handles that Triton keeps as well, and no tensor. Triton's check that n
 changed is left out.
 """
 
+import copy
+import inspect
+import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -17,59 +21,74 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import replay
-from .replay import Grid, Launcher
+from .replay import Encoder, Grid, Launch, Launcher
 from .runtime import INTERPRETED, on_device
 
 MAX_KEPT = 1024
 LAUNCHER_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.9."))
 
-_kept: dict[Any, Launcher] = {}
+# The launcher of a compiled kernel, and what Triton's compiler says of each of its descriptors.
+_kept: dict[Any, tuple[Launcher, tuple[Any, ...]]] = {}
 # A child has no handle of its parent's modules.
 os.register_at_fork(after_in_child=_kept.clear)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) -> Launch | None:
     """``kernel[grid](*args, **constexprs)`` on the device of the first argument.
 
     args: what comes before the constexprs: tensors, None, int and ``TensorDescriptor``, a tensor or descriptor first.
     constexprs: the kernel's constexprs, then Triton's options.
+
+    Returns what it takes to launch the same again, or None where Triton's own path made the launch.
     """
     first = args[0].base if type(args[0]) is TensorDescriptor else args[0]
     if INTERPRETED or not LAUNCHER_IS_KNOWN or is_observed(kernel):
         with on_device(first):
             kernel[grid](*args, **constexprs)
-        return
-    kinds, passed, places = _read(args)
+        return None
+    kinds, passed = _read(args)
     device = first.get_device()
     constants = tuple(constexprs.values())
     key = (kernel, device, *kinds, *constexprs, *constants)
-    launcher = _kept.get(key)
+    kept = _kept.get(key)
     # The launcher reads no constexpr, but counts them.
     values = (*passed, *constants)[: len(kernel.arg_names)]
     blocks: Any = (*grid, 1, 1)[:3]
     with on_device(first):
-        if launcher is None:
+        if kept is None:
             compiled = kernel[grid](*args, **constexprs)
-            if compiled is None:  # a hook of Triton's took the compilation over
-                return
-            launcher = launcher_of(compiled)
+            if compiled is None or _needs_scratch(compiled.run):  # None: a hook of Triton's took the compilation over
+                return None
+            kept = launcher_of(compiled), tuple(getattr(compiled.metadata, "tensordesc_meta", None) or ())
             if len(_kept) >= MAX_KEPT:
                 _kept.clear()
-            _kept[key] = launcher
+            _kept[key] = kept
+            launcher, encoders = kept[0], _encoders(args, kept[1])
         else:
-            launcher(blocks, replay.current_stream(device), values)
-    replay.note(kernel, is_observed, launcher, device, blocks, values, tuple(places))
+            launcher, encoders = kept[0], _encoders(args, kept[1])
+            launcher(blocks, replay.current_stream(device), tuple(_encoded(values, encoders)))
+    return Launch(kernel, is_observed, launcher, device, blocks, values, encoders)
 
 
-def _read(args: tuple[Any, ...]) -> tuple[list[Any], list[Any], list[int]]:
-    """Of each argument, all that Triton specialises on, and what its launcher is given: an address for a tensor.
+def _encoders(args: tuple[Any, ...], described: tuple[Any, ...]) -> tuple[Encoder, ...]:
+    descriptors = [arg for arg in args if type(arg) is TensorDescriptor]
+    return tuple(_encoder(*pair) for pair in zip(descriptors, described, strict=True))
 
-    Also the places of tensors and descriptors among them.
-    """
+
+def _encoded(values: tuple[Any, ...], encoders: tuple[Encoder, ...]) -> Iterator[Any]:
+    remaining = iter(encoders)
+    for value in values:
+        if type(value) is TensorDescriptor:
+            yield from next(remaining)(value.base.data_ptr())
+        else:
+            yield value
+
+
+def _read(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """Of each argument, all that Triton specialises on, and what stands for it: an address for a tensor."""
     kinds: list[Any] = []
     values: list[Any] = []
-    places: list[int] = []
-    for place, arg in enumerate(args):
+    for arg in args:
         value = arg
         if type(arg) is int:
             kind: Any = "1" if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31, arg < 2**63)
@@ -77,16 +96,14 @@ def _read(args: tuple[Any, ...]) -> tuple[list[Any], list[Any], list[int]]:
             kind = None
         elif type(arg) is TensorDescriptor:
             kind = (arg.base.dtype, *arg.block_shape)
-            places.append(place)
         elif not isinstance(arg, Tensor):
             raise TypeError(f"a kernel's argument is a {type(arg).__name__}, and launch knows no rule for it")
         else:
             value = arg.data_ptr()
             kind = (arg.dtype, value % 16 == 0)
-            places.append(place)
         kinds.append(kind)
         values.append(value)
-    return kinds, values, places
+    return kinds, values
 
 
 def is_observed(kernel: Any) -> bool:
@@ -106,17 +123,19 @@ def is_observed(kernel: Any) -> bool:
     return observed
 
 
+def _needs_scratch(run: Any) -> bool:
+    """Whether Triton allocates memory of its own for each launch of a kernel. None of ours has it do so."""
+    return bool(run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
+
+
 def launcher_of(compiled: Any) -> Launcher:
-    """Triton's C launcher of a compiled kernel. What differs between versions of Triton is in here."""
+    """Triton's C launcher of a compiled kernel. Versions of Triton differ in here and in ``_encoder``."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     direct, cooperative, dependent = run.launch, run.launch_cooperative_grid, run.launch_pdl
+    # A kernel with descriptors has its launcher wrapped into one that encodes them in every call.
+    direct = inspect.getclosurevars(direct).nonlocals["launcher"] if inspect.isfunction(direct) else direct
 
     # Each holds on to ``compiled``: Triton 3.9 unloads the module of a kernel that nobody has.
-    def through_run(grid: Grid, stream: int, values: tuple[Any, ...], kernel: Any = compiled) -> None:
-        run(*grid, stream, function, metadata, None, None, None, *values)
-
-    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
-        return through_run
     if not hasattr(run, "arg_annotations"):  # Triton 3.6 compiles a launcher for each signature
 
         def own_launcher(grid: Grid, stream: int, values: tuple[Any, ...], kernel: Any = compiled) -> None:
@@ -134,3 +153,39 @@ def launcher_of(compiled: Any) -> Launcher:
         )  # fmt: skip
 
     return shared_launcher
+
+
+class _Address:
+    """What stands for a tensor where only its address is asked for."""
+
+    def __init__(self, address: int) -> None:
+        self.data_ptr = lambda: address
+
+
+_serial = itertools.count()
+
+
+def _encoder(descriptor: TensorDescriptor, described: Any) -> Encoder:
+    """From an address to what the launcher is given for a tensor there, of the descriptor's shape, strides and tile.
+
+    That is a function of the address and nothing else, so what was encoded once holds for whoever lives there later.
+    """
+    encode = triton.backends.nvidia.driver.make_tensordesc_arg
+    more = (None,) * (encode.__code__.co_argcount - 2)  # Triton 3.9 passes on arguments that it does not read
+    template = copy.copy(descriptor)
+    template.base = None  # keeps no tensor alive
+    number = next(_serial)
+
+    def encoded(address: int) -> tuple[Any, ...]:
+        key = number, address
+        found = replay.encoded.get(key)
+        if found is None:
+            there = copy.copy(template)
+            there.base = _Address(address)
+            found = tuple(encode(there, described, *more))
+            if len(replay.encoded) >= replay.MAX_ENCODED:
+                replay.encoded.clear()
+            replay.encoded[key] = found
+        return found
+
+    return encoded

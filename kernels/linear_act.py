@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import replay
 from .act_pass import act_fwd
 from .activations import apply_activation
 from .configs import Config, get_config
@@ -195,34 +196,57 @@ def linear_act_fwd(
     save_preact: bool,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(out, preact)``, both contiguous ``[M, N]``; preact is None unless ``save_preact``.
+    """``(out, preact)``, both contiguous ``[..., N]``, in no graph; preact is None unless ``save_preact``.
 
-    x ``[M, K]`` and weight ``[N, K]`` may have any strides. ``config`` overrides the lookup; one for TMA needs every
-    row of x, weight and out on a 16-byte boundary.
+    x ``[..., K]`` and weight ``[N, K]`` may have any strides. ``config`` overrides the lookup and calls kept from
+    before; one for TMA needs every row of x, weight and out on a 16-byte boundary.
     """
-    M, K = x.shape
-    N = weight.shape[0]
+    if config is not None:
+        return _call(x, weight, bias, activation, save_preact, config)[0]
+    key = replay.key_of(x, weight, bias, activation, save_preact)
+    kept = replay.calls.get(key)
+    outputs = kept(x, weight, bias) if kept is not None else None
+    if outputs is None:
+        outputs, call = _call(x, weight, bias, activation, save_preact, None)
+        if call is not None:
+            replay.keep(key, call)
+    return outputs
+
+
+def _call(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    save_preact: bool,
+    config: Config | None,
+) -> tuple[replay.Outputs, replay.Call | None]:
+    """The outputs, and what makes them again from other tensors of this kind, if that can be kept."""
+    N, K = weight.shape
+    shape = (*x.shape[:-1], N)
+    M = x.shape[:-1].numel()
     if M == 0 or N == 0:
-        return x.new_empty(M, N), x.new_empty(M, N) if save_preact else None
+        return (x.new_empty(shape), x.new_empty(shape) if save_preact else None), None
+    rows = x.detach().reshape(M, K)
     if config is None:
-        aligned = _is_aligned(x, N) and _is_aligned(weight, N)
+        aligned = _is_aligned(rows, N) and _is_aligned(weight, N)
         precision, arch, device = _precision(x.dtype), arch_of(x.device), name_of(x.device)
         config = get_config(M, N, K, precision, arch, aligned=aligned, device=device)
     if config.kernel == "library":
-        product = torch.nn.functional.linear(x, weight, bias)
-        out = act_fwd(product, activation, out=torch.empty_like(product) if save_preact else product)
-        return out, product if save_preact else None
+        return _library(x, weight, bias, activation, save_preact)
 
-    out = x.new_empty(M, N)
-    preact = x.new_empty(M, N) if save_preact else None
+    bias_row = bias.contiguous() if bias is not None else None
+    out = x.new_empty(shape)
+    preact = x.new_empty(shape) if save_preact else None
     tma = config.kernel == "tma"
-    arguments: tuple[Any, ...] = (x, weight, out, preact)
+    matrices = (rows, weight, out.view(M, N), preact.view(M, N) if preact is not None else None)
+    arguments: tuple[Any, ...] = matrices
     if tma:
         tiles = [(config.block_m, config.block_k), (config.block_n, config.block_k)]
         tiles += 2 * [(config.block_m, config.block_n // config.subtiles)]
         arguments = tuple(
-            None if tensor is None else TensorDescriptor.from_tensor(tensor, list(tile))
-            for tensor, tile in zip(arguments, tiles, strict=True)
+            None if matrix is None else TensorDescriptor.from_tensor(matrix, list(tile))
+            for matrix, tile in zip(matrices, tiles, strict=True)
         )
     x_arg, w_arg, out_arg, preact_arg = arguments
     partial = arrived = None
@@ -235,12 +259,12 @@ def linear_act_fwd(
         # died halfway leave nothing behind that another could read.
         partial = x.new_empty(num_blocks * config.block_m * config.block_n, dtype=torch.float32)
         arrived = x.new_zeros(num_tiles, dtype=torch.int32)
-    launch(
+    launched = launch(
         linear_act_fwd_kernel,
         (num_blocks,),
         x_arg,
         w_arg,
-        bias.contiguous() if bias is not None else None,
+        bias_row,
         out_arg,
         preact_arg,
         partial,
@@ -248,8 +272,8 @@ def linear_act_fwd(
         M,
         N,
         K,
-        x.stride(0),
-        x.stride(1),
+        rows.stride(0),
+        rows.stride(1),
         weight.stride(0),
         weight.stride(1),
         ACTIVATION=activation,
@@ -271,7 +295,45 @@ def linear_act_fwd(
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
-    return out, preact
+    copied = not (_same_memory(rows, x) and _same_memory(bias_row, bias))
+    if launched is None or copied or not _on_boundaries(x, weight, bias, out, preact, partial, arrived):
+        return (out, preact), None
+    return (out, preact), replay.fused_call(launched, shape, save_preact, (partial, arrived))
+
+
+def _library(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, save_preact: bool
+) -> tuple[replay.Outputs, replay.Call | None]:
+    """``_call`` by cuBLAS and one pass for the activation."""
+    product = _product(x, weight, bias)
+    out = torch.empty_like(product) if save_preact else product
+    launched = act_fwd(product, activation, out=out)
+    call = None
+    # The choice of cuBLAS for rows on 16-byte boundaries holds for others as well, but not the other way round.
+    if launched is not None and _on_boundaries(x, weight, product, out):
+        call = replay.library_call(launched, _product, save_preact)
+    return (out, product if save_preact else None), call
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` in no graph."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _product(x, weight, bias)
+    if x.dim() == 2:
+        return torch.nn.functional.linear(x, weight, bias)
+    # For more dimensions ``F.linear`` gives a view, which could not be detached in place, and may round before it adds
+    # the bias.
+    product = torch.nn.functional.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
+    return product.resize_(*x.shape[:-1], weight.shape[0])
+
+
+def _same_memory(used: torch.Tensor | None, given: torch.Tensor | None) -> bool:
+    return used is None or given is None or used.data_ptr() == given.data_ptr()
+
+
+def _on_boundaries(*tensors: torch.Tensor | None) -> bool:
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def _precision(dtype: torch.dtype) -> str:

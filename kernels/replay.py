@@ -1,15 +1,13 @@
 """Calls of ``linear_act`` that were made before: one look-up instead of every check and choice on the way to a launch.
 
 A call whose tensors agree with an earlier one's in dtype, device, shape, strides and 16-byte alignment passes the same
-checks, takes the same configuration and launches the same kernel with the same numbers; only addresses differ. ``Call``
-makes that launch. A call is kept only if it was exactly one launch, whose only tensors were x, weight, bias, out and
-preact, in this order at the head of its arguments.
+checks, takes the same configuration and launches the same kernel with the same numbers; only addresses differ. What is
+kept makes that launch: a function of x, weight and bias that gives ``(out, preact)``, or None where this call must be
+made anew. It holds no tensor.
 """
 
-import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,72 +16,55 @@ from torch import Tensor
 
 Grid = tuple[int, int, int]
 Launcher = Callable[[Grid, int, tuple[Any, ...]], None]  # grid, stream, the kernel's arguments
+Encoder = Callable[[int], tuple[Any, ...]]  # from a tensor's address to what a launcher is given for its descriptor
+Outputs = tuple[Tensor, Tensor | None]
+Call = Callable[[Tensor, Tensor, Tensor | None], Outputs | None]
 
 MAX_CALLS = 2048
+MAX_ENCODED = 8192
 
 # A torch without CUDA has neither.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 _fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
-_recording = threading.local()
+
+calls: dict[Any, Call] = {}
+os.register_at_fork(after_in_child=calls.clear)
+# What ``launch.py``'s encoders have encoded.
+encoded: dict[tuple[int, int], tuple[Any, ...]] = {}
 
 
 @dataclass(frozen=True)
 class Launch:
+    """A launch of a kernel: what it takes to make it again with other addresses.
+
+    values: the kernel's arguments: addresses, descriptors and numbers. encoders: one for each descriptor among them.
+    """
+
     kernel: Any
     is_observed: Callable[[Any], bool]
     launcher: Launcher
     device: int
     grid: Grid
     values: tuple[Any, ...]
-    places: tuple[int, ...]  # of tensors and descriptors among the values
+    encoders: tuple[Encoder, ...] = ()
+
+    def starter(self) -> Callable[[tuple[Any, ...]], None]:
+        """A function that launches the kernel on its device's current stream."""
+        launcher, device, grid = self.launcher, self.device, self.grid
+
+        def start(values: tuple[Any, ...]) -> None:
+            if current_device() == device:
+                launcher(grid, current_stream(device), values)
+            else:
+                with torch.cuda.device(device):
+                    launcher(grid, current_stream(device), values)
+
+        return start
 
 
-class Call:
-    """A kept call: ``call(x, weight, bias)`` is ``(out, preact)``, or None where this one must be made anew."""
-
-    __slots__ = ("device", "grid", "is_observed", "kernel", "launcher", "numbers", "saves_preact", "shape")
-
-    def __init__(self, launch: Launch, shape: tuple[int, ...], saves_preact: bool) -> None:
-        self.kernel, self.is_observed, self.launcher = launch.kernel, launch.is_observed, launch.launcher
-        self.device, self.grid, self.numbers = launch.device, launch.grid, launch.values[5:]
-        self.shape, self.saves_preact = tuple(shape), saves_preact
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        if self.is_observed(self.kernel):
-            return None
-        x_address, weight_address = x.data_ptr(), weight.data_ptr()
-        addresses = x_address | weight_address
-        bias_address = None
-        if bias is not None:
-            bias_address = bias.data_ptr()
-            addresses |= bias_address
-        out = x.new_empty(*self.shape)  # a torch.Size would take twice the time
-        out_address = out.data_ptr()
-        preact, preact_address = None, None
-        if self.saves_preact:
-            preact = x.new_empty(*self.shape)
-            preact_address = preact.data_ptr()
-            addresses |= preact_address
-        # A lazily zero tensor has no address.
-        if (addresses | out_address) & 15 or not (x_address and weight_address and bias_address != 0):
-            return None
-        values = (x_address, weight_address, bias_address, out_address, preact_address, *self.numbers)
-        device = self.device
-        if current_device() == device:
-            self.launcher(self.grid, current_stream(device), values)
-        else:
-            with torch.cuda.device(device):
-                self.launcher(self.grid, current_stream(device), values)
-        return out, preact
-
-
-calls: dict[Any, Call] = {}
-os.register_at_fork(after_in_child=calls.clear)
-
-
-def key_of(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, needs_grad: bool) -> Any:
+def key_of(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool) -> Any:
     """All that the way to a launch depends on, addresses aside; None for tensors without a shape or strides.
 
     An index says where a tensor is: no process has two kinds of accelerator, and the CPU's is -1. Contiguous tensors of
@@ -93,7 +74,7 @@ def key_of(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, need
     try:
         return (
             activation,
-            needs_grad,
+            save_preact,
             dtype,
             x.get_device(),
             x.shape,
@@ -111,49 +92,90 @@ def key_of(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, need
         return None
 
 
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """What ``note`` hears in this thread meanwhile."""
-    launches: list[Launch] = []
-    _recording.launches = launches
-    try:
-        yield launches
-    finally:
-        del _recording.launches
-
-
-def note(*launch: Any) -> None:
-    """``launch.py`` tells what it launched: the fields of ``Launch``."""
-    launches = getattr(_recording, "launches", None)
-    if launches is not None:
-        launches.append(Launch(*launch))
-
-
-def keep(
-    key: Any,
-    launches: list[Launch],
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
-    shape: tuple[int, ...],
-) -> None:
-    """Keep the call that made ``launches``, if it can be made again from nothing but addresses.
-
-    tensors: x, weight, bias, out and preact of that call. shape: what out and preact are to have from now on.
-    """
-    call = _call(launches, tensors, shape)
-    if call is None or key is None:
+def keep(key: Any, call: Call) -> None:
+    if key is None:
         return
     if len(calls) >= MAX_CALLS:
         calls.clear()
     calls[key] = call
 
 
-def _call(launches: list[Launch], tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Call | None:
-    if len(launches) != 1:
-        return None
-    launch = launches[0]
-    addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    if launch.values[:5] != addresses or any(place >= 5 for place in launch.places):
-        return None  # descriptors, a copy, a workspace
-    if any(address is not None and address % 16 for address in addresses):
-        return None
-    return Call(launch, shape, tensors[-1] is not None)
+def fused_call(
+    launch: Launch, shape: tuple[int, ...], saves_preact: bool, workspace: tuple[Tensor | None, Tensor | None]
+) -> Call:
+    """The call that made ``launch``, whose arguments began with x, weight, bias, out, preact and the workspace, all of
+    them on 16-byte boundaries.
+
+    shape: that of out and preact. workspace: partial sums and counters, both None where K is not split.
+    """
+    kernel, is_observed, start = launch.kernel, launch.is_observed, launch.starter()
+    shape, numbers = tuple(shape), launch.values[7:]
+    num_partial, num_arrived = (0 if tensor is None else tensor.numel() for tensor in workspace)
+    if launch.encoders:
+        encode_x, encode_weight, encode_out, *encode_preact = launch.encoders
+    has_descriptors = bool(launch.encoders)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Outputs | None:
+        if is_observed(kernel):
+            return None
+        x_address, weight_address = x.data_ptr(), weight.data_ptr()
+        addresses = x_address | weight_address
+        bias_address = None
+        if bias is not None:
+            bias_address = bias.data_ptr()
+            addresses |= bias_address
+        out = x.new_empty(*shape)  # a torch.Size would take twice the time
+        out_address = out.data_ptr()
+        preact, preact_address = None, None
+        if saves_preact:
+            preact = torch.empty_like(out)
+            preact_address = preact.data_ptr()
+            addresses |= preact_address
+        # A lazily zero tensor has no address.
+        if (addresses | out_address) & 15 or not (x_address and weight_address and bias_address != 0):
+            return None
+        if has_descriptors:
+            start(
+                (
+                    *encode_x(x_address),
+                    *encode_weight(weight_address),
+                    bias_address,
+                    *encode_out(out_address),
+                    *(encode_preact[0](preact_address) if preact_address is not None else (None,)),
+                    None,
+                    None,
+                    *numbers,
+                )
+            )
+        elif num_partial:
+            partial = x.new_empty(num_partial, dtype=torch.float32)
+            arrived = x.new_zeros(num_arrived, dtype=torch.int32)
+            sums, counters = partial.data_ptr(), arrived.data_ptr()
+            if (sums | counters) & 15:
+                return None
+            start((x_address, weight_address, bias_address, out_address, preact_address, sums, counters, *numbers))
+        else:
+            start((x_address, weight_address, bias_address, out_address, preact_address, None, None, *numbers))
+        return out, preact
+
+    return call
+
+
+def library_call(launch: Launch, product: Callable[..., Tensor], saves_preact: bool) -> Call:
+    """The call that took the matrix product from cuBLAS and then made ``launch``, whose arguments began with the
+    product and out, both on 16-byte boundaries."""
+    kernel, is_observed, start = launch.kernel, launch.is_observed, launch.starter()
+    numbers = launch.values[2:]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Outputs | None:
+        if is_observed(kernel):
+            return None
+        preact = product(x, weight, bias)
+        out = torch.empty_like(preact) if saves_preact else preact
+        preact_address, out_address = preact.data_ptr(), out.data_ptr()
+        if (preact_address | out_address) & 15 or not preact_address:
+            return None
+        start((preact_address, out_address, *numbers))
+        return out, preact if saves_preact else None
+
+    return call

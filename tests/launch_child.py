@@ -184,36 +184,44 @@ def offset_by(tensor: torch.Tensor, elements: int) -> torch.Tensor:
     return moved.copy_(tensor)
 
 
-def linear_calls() -> Iterator[tuple[str, tuple[Any, ...], bool]]:
-    """Name, arguments of ``linear_act``, and whether such a call can be kept."""
+def linear_calls() -> Iterator[tuple[str, tuple[Any, ...], str]]:
+    """Name, arguments of ``linear_act``, and what is kept of such a call: "fused", "library" or nothing."""
     x, w, b = linear_tensors()
-    yield "as it is", (x, w, b, "gelu"), True
-    yield "activation", (x, w, b, "relu"), True
-    yield "no bias", (x, w, None, "gelu"), True
-    yield "x requires grad", (x.clone().requires_grad_(), w, b, "gelu"), True
-    yield "only bias requires grad", (x, w, b.clone().requires_grad_(), "gelu"), True
-    yield "output saved", (x.clone().requires_grad_(), w, b, "relu"), True
+    yield "as it is", (x, w, b, "gelu"), "fused"
+    yield "activation", (x, w, b, "relu"), "fused"
+    yield "no bias", (x, w, None, "gelu"), "fused"
+    yield "x requires grad", (x.clone().requires_grad_(), w, b, "gelu"), "fused"
+    yield "only bias requires grad", (x, w, b.clone().requires_grad_(), "gelu"), "fused"
+    yield "output saved", (x.clone().requires_grad_(), w, b, "relu"), "fused"
     for M in (1, 2, 16, 17, 300):
-        yield f"M={M}", (linear_tensors(M)[0], w, b, "gelu"), True
+        yield f"M={M}", (linear_tensors(M)[0], w, b, "gelu"), "fused"
     for dtype in (torch.bfloat16, torch.float32):
-        yield str(dtype), (*linear_tensors(dtype=dtype), "gelu"), True
-    yield "N", (x, *linear_tensors(N=48)[1:], "gelu"), True
-    yield "K", (*linear_tensors(K=80), "gelu"), True
-    yield "three dimensions", (x.view(3, 16, 64), w, b, "gelu"), True
-    yield "three dimensions, other shape", (x.view(4, 12, 64), w, b, "gelu"), True
-    yield "rows of a wider matrix", (torch.randn(48, 72).half()[:, :64], w, b, "gelu"), True
-    yield "rows of a still wider one", (torch.randn(48, 88).half()[:, :64], w, b, "gelu"), True
-    yield "CLS rows", (torch.randn(48, 5, 64).half()[:, 0], w, b, "gelu"), True
-    yield "weight of a wider matrix", (x, torch.randn(32, 72).half()[:, :64], b, "gelu"), True
-    yield "weight is x", (x[:32], x[:32], b, "gelu"), True
-    # Served by the library and a pass, or on a copy: nothing of these may be kept.
-    yield "x transposed", (torch.randn(64, 48).half().t(), w, b, "gelu"), False
-    yield "x off its boundary", (offset_by(x, 1), w, b, "gelu"), False
-    yield "weight off its boundary", (x, offset_by(w, 4), b, "gelu"), False
-    yield "bias off its boundary", (x, w, offset_by(b, 1), "gelu"), False
-    yield "bias with gaps", (x, w, torch.randn(64).half()[::2], "gelu"), False
-    yield "odd N", (x, *(t[:31] for t in (w, b)), "gelu"), False
-    yield "x with rows apart in memory", (torch.randn(3, 20, 64).half()[:, :16], w, b, "gelu"), False
+        yield str(dtype), (*linear_tensors(dtype=dtype), "gelu"), "fused"
+    yield "N", (x, *linear_tensors(N=48)[1:], "gelu"), "fused"
+    yield "K", (*linear_tensors(K=80), "gelu"), "fused"
+    yield "three dimensions", (x.view(3, 16, 64), w, b, "gelu"), "fused"
+    yield "three dimensions, other shape", (x.view(4, 12, 64), w, b, "gelu"), "fused"
+    yield "rows of a wider matrix", (torch.randn(48, 72).half()[:, :64], w, b, "gelu"), "fused"
+    yield "rows of a still wider one", (torch.randn(48, 88).half()[:, :64], w, b, "gelu"), "fused"
+    yield "CLS rows", (torch.randn(48, 5, 64).half()[:, 0], w, b, "gelu"), "fused"
+    yield "weight of a wider matrix", (x, torch.randn(32, 72).half()[:, :64], b, "gelu"), "fused"
+    yield "weight is x", (x[:32], x[:32], b, "gelu"), "fused"
+    yield "x transposed", (torch.randn(64, 48).half().t(), w, b, "gelu"), "library"
+    yield "odd N", (x, *(t[:31] for t in (w, b)), "gelu"), "library"
+    yield "odd N, three dimensions", (x.view(3, 16, 64), *(t[:31] for t in (w, b)), "gelu"), "library"
+    yield "odd N, four dimensions", (x.view(3, 4, 4, 64), *(t[:31] for t in (w, b)), "gelu"), "library"
+    yield "odd N, x requires grad", (x.clone().requires_grad_(), *(t[:31] for t in (w, b)), "gelu"), "library"
+    yield "odd N, only bias requires grad", (x, w[:31], b[:31].clone().requires_grad_(), "relu"), "library"
+    # Off a boundary, or on a copy.
+    yield "x off its boundary", (offset_by(x, 1), w, b, "gelu"), ""
+    yield "weight off its boundary", (x, offset_by(w, 4), b, "gelu"), ""
+    yield "bias off its boundary", (x, w, offset_by(b, 1), "gelu"), ""
+    yield "bias with gaps", (x, w, torch.randn(64).half()[::2], "gelu"), ""
+    yield "x with rows apart in memory", (torch.randn(3, 20, 64).half()[:, :16], w, b, "gelu"), ""
+
+
+# Parameters of a launch that are looked at: those of the pass over a product are no more than three.
+SEEN = {"fused": 8, "library": 3, "": 3}
 
 
 def slow_and_seen(arguments: tuple[Any, ...], parameters: int = 5) -> dict[str, Any]:
@@ -230,39 +238,68 @@ def slow_and_seen(arguments: tuple[Any, ...], parameters: int = 5) -> dict[str, 
 def check_kept_calls_launch_what_new_ones_do() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     cases = list(linear_calls())
-    truth = {name: slow_and_seen(arguments, 8 if kept else 5) for name, arguments, kept in cases}
+    truth = {name: slow_and_seen(arguments, SEEN[kept]) for name, arguments, kept in cases}
     replay.calls.clear()
     seen_functions = {seen["function"] for seen in truth.values()}
     assert len(seen_functions) >= 8, len(seen_functions)
     for order in (cases, cases[::-1], cases):
-        for name, arguments, can_be_kept in order:
-            out, seen = launched(lambda arguments=arguments: linear_act(*arguments), 8 if can_be_kept else 5)
+        for name, arguments, kept in order:
+            out, seen = launched(lambda arguments=arguments: linear_act(*arguments), SEEN[kept])
             x, w, bias, _ = arguments
             assert out.shape == (*x.shape[:-1], w.shape[0]), name
             assert out.dtype == x.dtype
+            assert out.requires_grad == any(t.requires_grad for t in (x, w, bias) if t is not None), name
+            assert out.is_contiguous()
+            assert not out._is_view()
             for field in ("function", "grid", "stream", "block", "shared"):
                 assert seen[field] == truth[name][field], (name, field)
-            if not can_be_kept:
+            if not kept:
                 continue
-            addresses = [t.data_ptr() for t in (x, w, bias, out) if t is not None]
-            assert seen["params"][: len(addresses)] == addresses, name
+            given = (x, w, bias, out) if kept == "fused" else (out,)
+            addresses = [t.data_ptr() for t in given if t is not None]
             # Then come preact, if it is saved, and the numbers that are not compiled in.
             saved = [t for t in getattr(out.grad_fn, "saved_tensors", ()) if t is not None]
-            fresh = [t.data_ptr() for t in saved if t.data_ptr() not in addresses]
+            inputs = [t.data_ptr() for t in (x, w, bias) if t is not None]
+            fresh = [t.data_ptr() for t in saved if t.data_ptr() not in (*inputs, *addresses)]
+            if kept == "library":
+                addresses = (fresh or addresses) + addresses
+                fresh = []
             start = len(addresses) + len(fresh)
-            assert seen["params"][len(addresses) : start] == fresh, name
+            assert seen["params"][:start] == addresses + fresh, name
             numbers = [value & 0xFFFFFFFF for value in seen["params"][start : start + 3]]
             assert numbers == [value & 0xFFFFFFFF for value in truth[name]["params"][start : start + 3]], name
+            if kept == "library":
+                assert numbers == [out.numel()], name
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def check_the_product_of_a_kept_library_call() -> None:
+    """The stub launches nothing, so what the library computed is still there."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    x, w, b = (t.float() for t in linear_tensors())
+    for shaped in (
+        x,
+        x.view(3, 16, 64),
+        x.view(3, 4, 4, 64),
+        x.t().contiguous().t(),
+        x.view(3, 16, 64).transpose(0, 1),
+    ):
+        replay.calls.clear()
+        for wanted in (False, True):
+            parameter = w.clone().requires_grad_(wanted)
+            for _ in range(3):
+                out = linear_act(shaped, parameter, b, "tanh")
+                torch.testing.assert_close(out.detach(), torch.nn.functional.linear(shaped, w, b))
+        assert len(replay.calls) == 1
 
 
 def check_what_is_kept() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    for name, arguments, can_be_kept in linear_calls():
+    for name, arguments, kept in linear_calls():
         replay.calls.clear()
         for _ in range(2):
             linear_act(*arguments)
-        assert len(replay.calls) == can_be_kept, name
+        assert len(replay.calls) == bool(kept), name
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
@@ -343,6 +380,98 @@ def check_descriptors() -> None:
         assert seen["params"][10] == b.data_ptr()
         assert seen["params"][11] == out.data_ptr()
     assert len(functions) == 1
+
+
+def wide_tensors(M: int = 2048) -> tuple[Any, ...]:
+    """Tensors that the table of the stub's GPU serves through descriptors."""
+    return linear_tensors(M, N=64)
+
+
+def check_kept_calls_with_descriptors() -> None:
+    x, w, b = wide_tensors()
+    functions = set()
+    for wanted in (False, True):
+        for round in range(4):
+            x, w = x.clone(), w.clone().requires_grad_(wanted)
+            shaped = x.view(2, -1, 64) if round % 2 else x
+            out, seen = launched(lambda shaped=shaped, w=w: linear_act(shaped, w, b), parameters=23)
+            functions.add((wanted, seen["function"]))
+            params = seen["params"]
+            assert out.shape == (*shaped.shape[:-1], 64)
+            # A descriptor is followed by two sizes and two strides.
+            assert [params[0], params[5], params[10], params[11]] == [t.data_ptr() for t in (x, w, b, out)]
+            sizes = [[value & 0xFFFFFFFF for value in params[at : at + 4]] for at in (1, 6, 12)]
+            assert sizes == [[2048, 64, 64, 1], [64, 64, 64, 1], [2048, 64, 64, 1]]
+            if wanted:
+                preact = next(t for t in reversed(out.grad_fn.saved_tensors) if t is not None)
+                assert params[16] == preact.data_ptr()
+            after = 21 if wanted else 16
+            assert params[after] & 0xFFFFFFFF == 2048
+    assert len(functions) == 2
+    assert len(replay.calls) >= 4
+
+
+def check_a_descriptor_is_that_of_its_call() -> None:
+    """One address, many shapes and strides, in turn."""
+    room, (_, w, b) = torch.randn(4096, 128).half(), wide_tensors()
+    views = [room[:2048, :64], room.view(-1, 64)[:2048], room.view(-1, 64)[:4000], room.view(-1, 64)[:2048]]
+    for _ in range(3):
+        for x in views:
+            _, seen = launched(lambda x=x: linear_act(x, w, b), parameters=6)
+            assert seen["params"][0] == room.data_ptr()
+            assert [value & 0xFFFFFFFF for value in seen["params"][1:5]] == [*x.shape, *x.stride()]
+            assert seen["params"][5] == w.data_ptr()
+    with torch.no_grad():
+        parameter = torch.nn.Parameter(w)
+        for _ in range(3):
+            parameter.data = parameter.data.clone()
+            _, seen = launched(lambda: linear_act(views[1], parameter, b), parameters=6)
+            assert seen["params"][5] == parameter.data_ptr()
+
+
+def check_descriptors_are_encoded_once_and_their_number_is_bounded() -> None:
+    x, w, b = wide_tensors()
+    encoded: list[int] = []
+    utils = triton.runtime.driver.active.utils
+    name = next(n for n in ("fill_tma_descriptor_tiled", "fill_tma_descriptor") if hasattr(utils, n))
+    original = getattr(utils, name)
+    setattr(utils, name, lambda *args: encoded.append(args[0]) or original(*args))
+    try:
+        linear_act(x, w, b)
+        linear_act(x, w, b)
+        encoded.clear()
+        replay.encoded.clear()
+        held = []  # an output that lives on has an address of its own
+        for _ in range(5):
+            held.append(linear_act(x, w, b))
+        assert encoded.count(x.data_ptr()) == encoded.count(w.data_ptr()) == 1
+        assert len(encoded) == 7
+        replay.MAX_ENCODED, before = 3, replay.MAX_ENCODED
+        for _ in range(5):
+            held.append(linear_act(x, w, b))
+            assert len(replay.encoded) <= 3
+        replay.MAX_ENCODED = before
+    finally:
+        setattr(utils, name, original)
+
+
+def check_kept_calls_that_split_k() -> None:
+    x, w, b = linear_tensors(K=256)
+    config = Config("pointer", "float16", 16, 16, 64, num_warps=4, num_stages=2, split_k=4)
+    original, forward.get_config = forward.get_config, lambda *args, **kwargs: config
+    try:
+        replay.calls.clear()
+        for _ in range(4):
+            x = x.clone()
+            out, seen = launched(lambda x=x: linear_act(x, w, b), parameters=9)
+            assert seen["params"][:4] == [t.data_ptr() for t in (x, w, b, out)]
+            assert len(set(seen["params"][:6])) == 6
+            assert seen["params"][6] & 0xFFFFFFFF == 48
+            assert seen["grid"] == (3 * 2 * 4, 1, 1)
+        assert len(replay.calls) == 1
+    finally:
+        forward.get_config = original
+        replay.calls.clear()
 
 
 def check_backward() -> None:
@@ -462,13 +591,14 @@ def check_no_tensor_is_kept_alive() -> None:
     w.requires_grad_()
     for _ in range(3):
         out = linear_act(x, w, b)
-    config = Config("tma", "float16", 64, 32, 32, num_warps=4, num_stages=2)
-    for _ in range(2):
-        forward.linear_act_fwd(x, w, b, activation="gelu", save_preact=False, config=config)
-    references = [weakref.ref(t) for t in (x, w, b, out)]
-    del x, w, b, out
+    wide_x, wide_w, wide_b = wide_tensors()
+    wide_w.requires_grad_()
+    for _ in range(3):
+        wide_out = linear_act(wide_x, wide_w, wide_b)
+    references = [weakref.ref(t) for t in (x, w, b, out, wide_x, wide_w, wide_b, wide_out)]
+    del x, w, b, out, wide_x, wide_w, wide_b, wide_out
     gc.collect()
-    assert [reference() for reference in references] == [None] * 4
+    assert [reference() for reference in references] == [None] * 8
 
 
 def check_threads() -> None:
@@ -496,7 +626,7 @@ def check_threads() -> None:
         thread.join()
     assert not errors, errors[0]
     assert STUB.stub_launches() - before == 6 * 60 * 3
-    # A thread records its own launches only: every call kept has the grid and numbers of its own shape.
+    # Every call kept has the grid and numbers of its own shape.
     for M in (16, 17, 18, 19, 20, 21, 22, 23):
         x, w, b = linear_tensors(M)
         _, seen = launched(lambda x=x, w=w, b=b: linear_act(x, w, b))
@@ -551,25 +681,6 @@ def check_another_device_is_made_the_current_one() -> None:
     finally:
         replay.current_device, torch.cuda.device = originals
     assert entered == [stub_driver.DEVICE, -99]
-
-
-def check_what_cannot_be_made_again_is_not_kept() -> None:
-    """A workspace, a second launch, arguments in another order."""
-    x, w, b, out, workspace = (torch.empty(64) for _ in range(5))
-
-    def recorded(*tensors: Any, times: int = 1) -> Any:
-        values = tuple(None if t is None else t.data_ptr() for t in tensors)
-        places = tuple(i for i, t in enumerate(tensors) if t is not None)
-        one = replay.Launch(None, bool, print, -1, (1, 1, 1), (*values, 1, 2), places)
-        return replay._call([one] * times, (x, w, b, out, None), (64,))
-
-    assert recorded(x, w, b, out, None) is not None
-    assert recorded(x, w, b, out, None, times=2) is None
-    assert recorded(x, w, b, out, None, times=0) is None
-    assert recorded(x, w, b, out, workspace) is None
-    assert recorded(x, w, b, out, None, workspace) is None
-    assert recorded(w, x, b, out, None) is None
-    assert recorded(x, w, None, out, None) is None
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]

@@ -4,10 +4,10 @@ Most run in a process of their own, where a stub stands in for the driver (``lau
 calls is checked here, with calls that run through the interpreter.
 """
 
+import ctypes
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import stub_driver
 from bert_fused import linear_act, ops, reference
 from bert_fused.kernels import replay
+from bert_fused.kernels.configs import default_config
 from bert_fused.kernels.linear_act import linear_act_fwd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,12 +55,9 @@ class InterpretedCall:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self.made += 1
-        with torch.no_grad():
-            rows = x.reshape(-1, x.shape[-1])
-            out, preact = linear_act_fwd(rows, weight, bias, activation=self.activation, save_preact=self.saves_preact)
-        shape = (*x.shape[:-1], weight.shape[0])
-        # A kept call's outputs are no views.
-        return out.reshape(shape).clone(), None if preact is None else preact.reshape(shape).clone()
+        config = default_config(1, "float32", 0)
+        how = {"activation": self.activation, "save_preact": self.saves_preact, "config": config}
+        return linear_act_fwd(x, weight, bias, **how)
 
 
 def keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> InterpretedCall:
@@ -67,7 +65,7 @@ def keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Int
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     saves_preact = needs_grad and activation not in ("relu", "tanh", "none")
     call = InterpretedCall(activation, saves_preact)
-    replay.calls[replay.key_of(x, weight, bias, activation, needs_grad)] = call  # type: ignore[assignment]
+    replay.calls[replay.key_of(x, weight, bias, activation, saves_preact)] = call
     return call
 
 
@@ -303,18 +301,26 @@ def test_sparse_and_nested_tensors_have_no_dense_ones_key() -> None:
     assert replay.key_of(torch.nested.nested_tensor([x, x]), w, b, "gelu", False) is None
 
 
-def test_a_thread_records_its_own_launches() -> None:
-    launch = (None, bool, print, -1, (1, 1, 1), (), ())
-    with replay.recording() as launches:
-        other = threading.Thread(target=replay.note, args=launch)
-        other.start()
-        other.join()
-        assert launches == []
-        replay.note(*launch)
-    replay.note(*launch)
-    assert launches == [replay.Launch(*launch)]
+def test_a_kept_call_that_splits_k_counts_from_zero() -> None:
+    """Each call gets counters of its own, all zero, and sums of its own."""
+    x, w, b = leaves((6, 8), (False, False, False))
+    seen: list[tuple[int, ...]] = []
+
+    def launcher(grid: replay.Grid, stream: int, values: tuple[Any, ...]) -> None:
+        counters = (ctypes.c_int32 * 500).from_address(values[6])
+        seen.append(tuple(counters))
+        counters[:] = [7] * 500
+        (ctypes.c_float * 3000).from_address(values[5])[:] = [7.0] * 3000
+        assert values[7:] == (6, 12, 8)
+
+    launch = replay.Launch(None, bool, launcher, replay.current_device(), (1, 1, 1), (*range(7), 6, 12, 8))
+    workspace = torch.empty(3000), torch.empty(500, dtype=torch.int32)
+    call = replay.fused_call(launch, torch.Size((6, 12)), True, workspace)
+    for _ in range(5):
+        assert call(x, w, b) is not None
+    assert seen == [(0,) * 500] * 5
 
 
 def test_a_lazily_zero_tensor_has_no_address() -> None:
-    """``Call`` takes an address of 0 for one."""
+    """A kept call takes an address of 0 for one."""
     assert torch._efficientzerotensor(8).data_ptr() == 0
