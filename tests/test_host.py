@@ -41,6 +41,17 @@ def test_the_figures_and_the_gate(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
+def test_the_budgets_hold(tmp_path: Path) -> None:
+    """Other work on the machine can make one run slower than the budget, and hardly three."""
+    for _ in range(3):
+        command = [sys.executable, "-m", "benchmarks", "host", "--rounds", "150"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            return
+    pytest.fail(done.stdout + done.stderr)
+
+
+@pytest.mark.alone
 def test_a_planted_delay_breaks_both_budgets(tmp_path: Path) -> None:
     done, figures = run(tmp_path / "host.json", "--plant", "2000")
     assert done.returncode == 1
