@@ -52,3 +52,21 @@ def sanitized() -> "Iterator[interpreter.Sanitizer]":
     """Every launch of the test is watched (``interpreter.sanitized``); the fixture is the record of them."""
     with interpreter.sanitized() as record:
         yield record
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched so far."""
+    from bert_fused.kernels import act_grad
+    from bert_fused.kernels import linear_act as forward
+
+    names: list[str] = []
+    for module, name in ((forward, "linear_act_fwd"), (act_grad, "act_bwd")):
+        launch = getattr(module, name)
+
+        def record(*args: Any, _launch: Callable[..., Any] = launch, _name: str = name, **kwargs: Any) -> Any:
+            names.append(_name)
+            return _launch(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, record)
+    return names
