@@ -16,7 +16,7 @@ weights changed, tied, cast, loaded    test_weights_changed_after_the_first_call
                                        test_load_state_dict
 activation changed after fusing        test_an_activation_set_after_fusing, test_an_activation_whose_insides_...
 forward AD, function transforms        test_forward_mode_differentiation, test_function_transforms_of_a_module
-TorchDispatchMode                      test_a_dispatch_mode_sees_every_operation
+TorchDispatchMode, torch.fx            test_a_dispatch_mode_sees_every_operation, test_symbolic_tracing
 replicas of DataParallel               test_replicas_of_data_parallel
 threads                                test_threads_fuse_unfuse_and_call_at_once, test_a_call_that_was_unfused_meanwhile
 =====================================  ==============================================================================
@@ -654,6 +654,16 @@ def test_function_transforms_of_a_module(kind: str, transform: str, launches: li
     expected = TRANSFORMS[transform](theirs, hidden_states())
     torch.testing.assert_close(TRANSFORMS[transform](ours, hidden_states()), expected, rtol=1e-5, atol=1e-5)
     assert launches == PYTORCH
+
+
+@every_kind
+def test_symbolic_tracing(kind: str, launches: list[str]) -> None:
+    """What torch.fx passes is no tensor, and what it records are Hugging Face's operations."""
+    ours, theirs = twins(kind)
+    fuse(ours)
+    traced = torch.fx.symbolic_trace(ours)
+    assert "dense" in traced.code
+    assert_runs(PYTORCH, traced, theirs, launches)
 
 
 class Doubling(TorchDispatchMode):
