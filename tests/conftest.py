@@ -10,10 +10,11 @@ GPU = os.environ.get("BERT_FUSED_TEST_GPU") == "1"
 if not GPU:
     # Triton reads this when a kernel is decorated, so it must be set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # also where the GPU's tests are rehearsed (gpu.py)
 
 import torch  # noqa: E402
 
-if not GPU:
+if INTERPRETED:
     import interpreter
 
     from bert_fused import dispatch
