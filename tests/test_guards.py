@@ -18,6 +18,7 @@ activation changed after fusing        test_an_activation_set_after_fusing, test
 forward AD, function transforms        test_forward_mode_differentiation, test_function_transforms_of_a_module
 TorchDispatchMode, torch.fx            test_a_dispatch_mode_sees_every_operation, test_symbolic_tracing
 replicas of DataParallel               test_replicas_of_data_parallel
+memory that runs out                   test_memory_that_runs_out
 threads                                test_threads_fuse_unfuse_and_call_at_once, test_a_call_that_was_unfused_meanwhile
 =====================================  ==============================================================================
 """
@@ -693,7 +694,43 @@ def test_a_dispatch_mode_sees_every_operation(kind: str, launches: list[str]) ->
     assert_runs(KERNELS, ours, theirs, launches)
 
 
-# -------------------------------------------------------------------------------------------------------------- threads
+# --------------------------------------------------------------------------------------------------- memory and threads
+
+
+@every_kind
+def test_memory_that_runs_out(kind: str, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever allocation of a step fails, the next step is as good as ever."""
+    ours, theirs = twins(kind)
+    fuse(ours)
+    honest = {name: getattr(*name) for name in ((Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty"))}
+    failures = 0
+    for failing in range(20):
+        made = 0
+
+        def allocate(*args: Any, _allocate: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+            nonlocal made
+            made += 1
+            if made == failing + 1:  # noqa: B023
+                raise torch.OutOfMemoryError("out of memory")
+            return _allocate(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            for (owner, name), function in honest.items():
+                patch.setattr(
+                    owner,
+                    name,
+                    functools.partialmethod(allocate, _allocate=function)
+                    if owner is Tensor
+                    else functools.partial(allocate, _allocate=function),
+                )
+            try:
+                step(ours, hidden_states())
+            except torch.OutOfMemoryError:
+                failures += 1
+            else:
+                break
+        assert_runs(KERNELS, ours, theirs, launches)
+    assert failures >= 3, "output, its gradient and the bias's"
 
 
 def test_threads_fuse_unfuse_and_call_at_once(launches: list[str]) -> None:
