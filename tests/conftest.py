@@ -10,10 +10,11 @@ GPU = os.environ.get("BERT_FUSED_TEST_GPU") == "1"
 if not GPU:
     # Triton reads this when a kernel is decorated, so it must be set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # also where the GPU's tests are rehearsed (gpu.py)
 
 import torch  # noqa: E402
 
-if not GPU:
+if INTERPRETED:
     import interpreter
 
     from bert_fused import dispatch
@@ -52,3 +53,21 @@ def sanitized() -> "Iterator[interpreter.Sanitizer]":
     """Every launch of the test is watched (``interpreter.sanitized``); the fixture is the record of them."""
     with interpreter.sanitized() as record:
         yield record
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched so far."""
+    from bert_fused.kernels import act_grad
+    from bert_fused.kernels import linear_act as forward
+
+    names: list[str] = []
+    for module, name in ((forward, "linear_act_fwd"), (act_grad, "act_bwd")):
+        launch = getattr(module, name)
+
+        def record(*args: Any, _launch: Callable[..., Any] = launch, _name: str = name, **kwargs: Any) -> Any:
+            names.append(_name)
+            return _launch(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, record)
+    return names

@@ -257,9 +257,12 @@ def sanitized() -> Iterator[Sanitizer]:
                 launch(self, *args, **kwargs)
                 record.launches.append(current[-1].finish())
             except Exception as error:
-                # The interpreter wraps what a kernel raises.
-                if isinstance(error.__cause__, SanitizerError):
-                    raise error.__cause__ from None
+                # The interpreter wraps what a kernel raises, once for each function that was called.
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, SanitizerError):
+                    cause = cause.__cause__
+                if cause is not None:
+                    raise cause from None
                 raise
             finally:
                 del current[depth:]

@@ -1,10 +1,6 @@
 """A fused call among graphs, streams, settings and models on an NVIDIA GPU. ``make gpu`` runs this."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +65,7 @@ def test_the_same_call_gives_the_same_bits(M: int) -> None:
     data = inputs("unit", M, 768 if HAS_GPU else 32, 384 if HAS_GPU else 32, torch.bfloat16)
     d_out = torch.ones_like(eager(data.x, data.weight, data.bias, "none"))
     out, first = linear_act(data.x, data.weight, data.bias), gradients(linear_act, data, "gelu", d_out)
-    for _ in range(100 if HAS_GPU else 2):
+    for _ in range(200 if HAS_GPU else 2):
         assert torch.equal(linear_act(data.x, data.weight, data.bias), out)
         assert all(torch.equal(a, b) for a, b in zip(gradients(linear_act, data, "gelu", d_out), first, strict=True))
 
@@ -77,12 +73,23 @@ def test_the_same_call_gives_the_same_bits(M: int) -> None:
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one() -> None:
+    """In turns with the one that is: what is kept of one device's calls must not serve another's."""
     data = inputs("unit", 300, 256, 192, torch.bfloat16)
-    x, weight, bias = (tensor.to("cuda:1") for tensor in (data.x, data.weight, data.bias))
-    assert torch.cuda.current_device() == 0
-    out = linear_act(x, weight, bias)
-    assert out.device == x.device
-    assert_forward(out, x, weight, bias, "gelu")
+    d_out = torch.ones(300, 256, dtype=torch.bfloat16, device=DEVICE)
+    there = Inputs(*(tensor.to("cuda:1") for tensor in (data.x, data.weight, data.bias)))
+    for _ in range(3):
+        for where in (data, there):
+            assert torch.cuda.current_device() == 0
+            out = linear_act(where.x, where.weight, where.bias)
+            assert out.device == where.x.device
+            assert_forward(out, where.x, where.weight, where.bias, "gelu")
+            for mine, other in zip(
+                gradients(linear_act, where, "gelu", d_out.to(out.device)),
+                gradients(eager, where, "gelu", d_out.to(out.device)),
+                strict=True,
+            ):
+                assert mine.device == out.device
+                assert rms(mine - other) <= 2e-2 * rms(other)
 
 
 @pytest.fixture
@@ -203,39 +210,3 @@ def test_tune_measures_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     finally:
         monkeypatch.undo()
         configs.forget_tables()
-
-
-MEMCHECK = """
-import torch
-from bert_fused.kernels.act_grad import act_bwd
-from bert_fused.kernels.configs import Config
-from bert_fused.kernels.linear_act import linear_act_fwd
-pointer = Config("pointer", "bfloat16", 64, 64, 64, 4, 3)
-tma = Config("tma", "bfloat16", 128, 128, 64, 4, 3)
-for (M, N, K), config in (((65, 203, 77), pointer), ((1, 37, 32), pointer), ((131, 136, 72), tma)):
-    x, w, b = (torch.randn(s, device="cuda").bfloat16() for s in ((M, K), (N, K), (N,)))
-    out, preact = linear_act_fwd(x, w, b, activation="gelu", save_preact=True, config=config)
-    act_bwd(torch.ones_like(out), preact, activation="gelu", bias_grad=True)
-torch.cuda.synchronize()
-print("all launched")
-"""
-
-
-@needs_gpu
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
-def test_compute_sanitizer_finds_no_stray_access() -> None:
-    if arch_of(DEVICE) < 90:
-        pytest.skip("the script launches a TMA kernel")
-    # torch probes for what a driver may lack, and the calls that fail then are no findings.
-    command = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
-    command += [sys.executable, "-c", MEMCHECK]
-    # Without the caching allocator every tensor is an allocation of its own, with bounds that can be checked.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.getcwd()}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        pytest.skip("compute-sanitizer took more than 60 s")
-    if "Device not supported" in done.stdout:
-        pytest.skip("compute-sanitizer refuses this device")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "all launched" in done.stdout

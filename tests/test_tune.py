@@ -1,7 +1,9 @@
 """The tuner, rehearsed on the CPU: kernels are interpreted, and a stub says how long each candidate takes."""
 
+import errno
 import itertools
 import json
+import os
 import re
 import types
 import weakref
@@ -461,6 +463,30 @@ def test_a_folder_that_cannot_be_written_is_known_before_measuring(
         assert len(parse_rows(json.loads((tmp_path / "exported.json").read_text())["entries"])) == 2
         (tmp_path / "exported.json").unlink()
         stub.samples.clear()
+
+
+def test_a_read_only_folder_is_known_before_measuring(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ARGUMENTS) == 0
+    capsys.readouterr()
+    stub.samples.clear()
+    honest = Path.open
+
+    def refuse(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode != "r":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return honest(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    forget_tables()
+    assert main(ARGUMENTS) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tune: cannot write ")
+    assert "Read-only file system" in error
+    assert len(error.splitlines()) == 1
+    assert stub.samples == {}
+    assert lookup(24, 64, 32) == WINNER
 
 
 def test_a_disk_that_fills_up_is_said_once(stub: Stub, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

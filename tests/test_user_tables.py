@@ -1,8 +1,11 @@
 """Tables in the user's cache directory: written whole, read with care, merged under a lock, preferred by lookup."""
 
+import errno
 import json
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import assert_forward, make_inputs
 
 from bert_fused import linear_act
 from bert_fused.kernels import configs, user_tables
@@ -114,6 +118,45 @@ def test_the_launcher_asks_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launcher, "name_of", lambda device: GPU)
     linear_act(*arguments)
     assert [config.kernel for config in seen] == ["pointer", "library"]
+
+
+FAULTS: dict[str, Callable[[Path, str], Any]] = {
+    "truncated": lambda path, text: path.write_text(text[:-20]),
+    "foreign": lambda path, text: path.write_text('{"kernel": "somebody else\'s"}'),
+    "of another GPU": lambda path, text: path.write_text(text.replace(GPU, "NVIDIA Other GPU")),
+    "binary": lambda path, text: path.write_bytes(bytes(range(256))),
+    "a folder": lambda path, text: (path.unlink(), path.mkdir()),
+    "forbidden": lambda path, text: path.chmod(0),
+    "missing": lambda path, text: path.unlink(),
+    "in a missing folder": lambda path, text: shutil.rmtree(path.parent),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_results_are_right_whatever_became_of_the_table(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through the public function: the shipped choice serves, and one warning says so if there is something wrong."""
+    path = remember([Entry(8, 40, 24, Config("library", "float32"), MEASURED)], 0, GPU, "a test")
+    FAULTS[fault](path, path.read_text())
+    if fault == "forbidden":  # nothing is, to root
+        honest = Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: honest(p, *a, **k) if p != path else forbid(p))
+    forget_tables()
+    seen: list[Config] = []
+    monkeypatch.setattr(launcher, "get_config", lambda *a, **k: seen.append(get_config(*a, **k)) or seen[-1])
+    monkeypatch.setattr(launcher, "name_of", lambda device: GPU)
+    for seed in range(3):
+        i = make_inputs("unit", 8, 40, 24, torch.float32, seed=seed)
+        assert_forward(linear_act(i.x, i.weight, i.bias), i.x, i.weight, i.bias, "gelu")
+    assert [config.kernel for config in seen] == ["pointer"] * 3
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (0 if "missing" in fault else 1)
+    assert all(message.startswith(f"ignoring {path}: ") for message in warnings)
+
+
+def forbid(path: Path) -> Any:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def test_rows_survive_the_file() -> None:
@@ -255,6 +298,33 @@ def test_nothing_to_read_is_nothing_to_warn_of(
     assert not caplog.records
 
 
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder, as on a read-only file system. Permissions would not keep root from writing."""
+    honest = Path.open
+
+    def refuse(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode != "r":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return honest(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def test_a_read_only_folder_is_read_and_refuses_to_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = remember([entry(512)], 90, GPU, "a test")
+    before = path.read_text()
+    read_only(monkeypatch)
+    forget_tables()
+    assert lookup(512) == TILE
+    with pytest.raises(OSError, match="Read-only file system"):
+        remember([entry(8)], 90, GPU, "a test")
+    assert lookup(512) == TILE
+    assert path.read_text() == before
+    assert not caplog.records
+
+
 def test_the_folder_can_be_chosen_and_tables_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BERT_FUSED_TABLES", str(tmp_path / "mine"))
     assert remember([entry(512)], 90, GPU, "a test").parent == tmp_path / "mine"
@@ -313,6 +383,32 @@ def test_threads_see_one_warning_and_one_choice(caplog: pytest.LogCaptureFixture
         thread.join()
     assert found == [shipped(512)] * 8
     assert len(caplog.records) == 1
+
+
+KILLED = """
+import os, signal
+from bert_fused.kernels.configs import Config, Entry, Measured, remember
+
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+remember([Entry(8, 64, 64, Config("library", "float16"), Measured(1.0, 1.0, 1.0, "", ""))], 90, "G", "a test")
+"""
+
+
+def test_a_writer_that_was_killed_leaves_the_old_table_and_no_lock(folder: Path, caplog) -> None:
+    table = Entry(512, 64, 64, TILE, MEASURED)
+    path = remember([table], 90, "G", "a test")
+    before = path.read_text()
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len([p for p in folder.iterdir() if p.name.startswith(".")]) == 1, "it was killed while it wrote"
+    assert path.read_text() == before
+    forget_tables()
+    assert load_user_table(90, "G") == (table,)
+    started = time.monotonic()
+    remember([Entry(64, 64, 64, TILE, MEASURED)], 90, "G", "a test")
+    assert time.monotonic() - started < 5
+    assert sorted(e.m for e in load_user_table(90, "G")) == [64, 512]
+    assert not caplog.records
 
 
 WRITER = """
