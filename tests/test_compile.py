@@ -46,7 +46,7 @@ print(json.dumps(rows))
 
 
 # One test an architecture: workers share them, and each is compiled once.
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_shipped_configurations(arch: int, tmp_path: Path) -> None:
     """None spills, all fit, and the product is done by matrix instructions."""
     report = tmp_path / "report.json"
@@ -190,7 +190,7 @@ print(json.dumps(rows))
 """
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_candidates_compile_without_spills(arch: int) -> None:
     """Whatever the tuner is offered, split, persistent and warp-specialized kernels included."""
     rows = json.loads(run_compiler("-c", CANDIDATES_SCRIPT, str(arch)).splitlines()[-1])
