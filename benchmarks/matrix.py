@@ -24,7 +24,7 @@ from .tritons import NoTriton, environment, named
 
 Row = dict[str, Any]
 
-ARCHS = "80,86,89,90,100,103,120"
+ARCHS = "80,86,89,90,100,120"
 KERNELS = {"act_fwd": "activation pass", "act_bwd": "backward pass"}
 LEGEND = (
     "Green: compiles, for any number of rows, multiples of 16 and, where it serves that, one row; no spills; shared "

@@ -5,8 +5,8 @@ The pinned Triton stays where it is: a folder goes before it on PYTHONPATH. Its 
 
 import argparse
 import importlib.metadata
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +33,10 @@ def pinned() -> str:
 
 def newest() -> str:
     """The newest version that pip would install here; without a network, the newest that was installed before."""
-    asked = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", "triton"]
-    answer = _pip(*asked)
-    if answer.returncode == 0:
-        return str(json.loads(answer.stdout)["install"][0]["metadata"]["version"])
+    answer = _pip("index", "versions", "triton")
+    found = re.match(r"triton \(([\d.]+)\)", answer.stdout)
+    if found is not None:
+        return found[1]
     kept = sorted((tuple(map(int, path.name.split("."))) for path in FOLDER.glob("[0-9]*")), reverse=True)
     if not kept:
         raise NoTriton(f"pip cannot say which Triton is the newest: {_last_line(answer.stderr)}")
