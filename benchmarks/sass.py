@@ -18,18 +18,16 @@ from typing import Any
 
 import triton
 from triton._C.libtriton import native_specialize_impl
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
 
 from bert_fused.kernels import act_grad, act_pass, linear_act
 from bert_fused.kernels.candidates import LATENCY, Chip, chip_of, modelled_clocks, resident_blocks
 from bert_fused.kernels.configs import MAX_M, SHARED_MEMORY, Config, get_config, load_table, shipped_configs
 
+from .ahead_of_time import ROWS, compile_grad, compile_linear, compile_pass
 from .intermediate import matrix_instructions, narrow_offsets, right_instruction, wide_products
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 REGISTERS_PER_SM = 65536
 # Bytes of shared memory that the system takes from an SM's for each block on it.
 RESERVED = 1024
@@ -39,8 +37,6 @@ RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
 N, K = 3072, 768
 PASS_ROWS = 8192
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
-# Triton makes a kernel for one row, one for multiples of 16, and one for all other numbers of rows.
-ROWS = (1, 16, 17)
 # Fewest multiplications in 64 bits: rows of x, W and the output; x and W are TMA's; whole tensors; rows of both inputs.
 WIDE_PRODUCTS = {"pointer": 3, "tma": 0, "act_fwd": 1, "act_bwd": 2}
 
@@ -65,103 +61,6 @@ def matrix_instruction(arch: int, block_m: int) -> str:
 def activations_to_check(dtype: str) -> tuple[str, ...]:
     """BERT's own activation, and the dearest: tanh in instructions, tanh GELU in registers, erf GELU in fp32."""
     return ("gelu",) if dtype in ("tf32", "float32") else ("gelu", "tanh", "gelu_tanh")
-
-
-def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True, rows: int = 17) -> Any:
-    """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are.
-
-    rows: one of ``ROWS``, for all numbers of rows that Triton takes for the same.
-    """
-    tma = config.kernel == "tma"
-    constants: dict[str, Any] = {
-        "stride_xk": 1,
-        "stride_wk": 1,
-        "ACTIVATION": activation,
-        "HAS_BIAS": True,
-        "SAVE_PREACT": save_preact,
-        "EVEN_K": True,
-        "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
-        "TMA": tma,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "SPLIT_K": config.split_k,
-        "PERSISTENT": config.persistent > 0,
-        "SUBTILES": config.subtiles,
-        "FLATTEN": config.flatten,
-        "WARP_SPECIALIZE": config.warp_specialize,
-    }
-    if rows == 1:
-        constants["M"] = 1
-    tiles = {
-        "x_ptr": (config.block_m, config.block_k),
-        "w_ptr": (config.block_n, config.block_k),
-        "out_ptr": (config.block_m, config.block_n // config.subtiles),
-        "preact_ptr": (config.block_m, config.block_n // config.subtiles),
-    }
-    return _compile(
-        linear_act.linear_act_fwd_kernel,
-        config.dtype,
-        arch,
-        constants,
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-        unaligned=("M",) if rows % 16 else (),
-        descriptors=tiles if tma else {},
-    )
-
-
-def compile_pass(dtype: str, arch: int, *, activation: str) -> Any:
-    constants = {"ACTIVATION": activation, "BLOCK": act_pass.BLOCK}
-    return _compile(act_pass.act_fwd_kernel, dtype, arch, constants, {})
-
-
-def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
-    constants = {
-        "stride_dn": 1,
-        "ACTIVATION": activation,
-        "BIAS_GRAD": True,
-        "ROWS_PER_PROGRAM": act_grad.MAX_ROWS_PER_PROGRAM,
-        "BLOCK_M": act_grad.BLOCK_M,
-        "BLOCK_N": act_grad.BLOCK_N,
-    }
-    return _compile(act_grad.act_bwd_kernel, dtype, arch, constants, {}, ("M",))
-
-
-def _compile(
-    kernel: Any,
-    dtype: str,
-    arch: int,
-    constants: dict[str, Any],
-    options: dict[str, int],
-    unaligned: tuple[str, ...] = (),
-    descriptors: dict[str, tuple[int, int]] | None = None,
-) -> Any:
-    descriptors = descriptors or {}
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in descriptors:
-            rows, columns = descriptors[name]
-            return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
-        if not name.endswith("_ptr"):
-            return "i32"
-        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
-
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: type_of(name) for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name not in constants and name not in unaligned and name not in descriptors
-        },
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
 
 
 def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 64) -> dict[str, Any]:

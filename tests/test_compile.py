@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks.intermediate import matrix_instructions, right_instruction
-from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets, linear_times, pass_times
+from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets, intended_blocks, linear_times, pass_times
+from bert_fused.kernels.candidates import resident_blocks
 from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, shipped_configs
 
 ROOT = Path(__file__).parent.parent
@@ -30,11 +31,12 @@ def run_compiler(*arguments: str) -> str:
 
 
 def compile_kernels(*calls: str) -> list[dict[str, Any]]:
-    """``asm`` and ``inspect`` of expressions over benchmarks.sass, in a process of their own."""
+    """``asm`` and ``inspect`` of expressions over benchmarks.ahead_of_time, in a process of their own."""
     script = f"""
 import json
 from bert_fused.kernels.configs import Config
-from benchmarks.sass import compile_grad, compile_linear, compile_pass, inspect
+from benchmarks.ahead_of_time import compile_grad, compile_linear, compile_pass
+from benchmarks.sass import inspect
 rows = []
 for compiled in ({", ".join(calls)},):
     asm = {{stage: compiled.asm[stage] for stage in ("ttir", "ptx")}}
@@ -90,7 +92,7 @@ from benchmarks import sass
 from bert_fused.kernels.configs import Config
 tile = Config("pointer", "float16", 128, 256, 64, num_warps=4, num_stages=3)
 sass.shipped_configs = lambda arch: [tile]
-sass.shape_served = lambda config, arch: (4096, 3072, 768)
+sass.shapes_served = lambda config, arch: [(4096, 3072, 768)]
 sass.activations_to_check = lambda dtype: ("gelu",)
 sys.exit(sass.main(["--arch", "80"]))
 """
@@ -159,6 +161,15 @@ def test_modelled_times_by_hand() -> None:
     assert one_pass["modelled_us"] > one_pass["roofline_us"]
 
 
+def test_intended_blocks_are_those_of_the_model_or_as_many_as_there_are() -> None:
+    tile = Config("pointer", "bfloat16", 64, 64, 64, num_warps=4, num_stages=4)
+    assert intended_blocks(tile, 90, [(8192, 3072, 768)]) == resident_blocks(tile, 90) == 3
+    assert intended_blocks(tile, 90, [(8, 3072, 768), (256, 3072, 768)]) == 2, "192 blocks for 132 SMs"
+    assert intended_blocks(tile, 90, [(8, 3072, 768)]) == 1
+    pinned = Config("tma", "bfloat16", 128, 128, 64, num_warps=4, num_stages=3)
+    assert intended_blocks(pinned, 90, [(8, 3072, 768)]) == 2
+
+
 def test_a_tile_too_large_is_seen_to_spill() -> None:
     """Else "no spills" above would prove nothing."""
     (row,) = compile_kernels(
@@ -193,7 +204,8 @@ def test_sixteen_bit_activations_are_exact_ones() -> None:
 CANDIDATES_SCRIPT = """
 import json
 import sys
-from benchmarks.sass import compile_linear, inspect
+from benchmarks.ahead_of_time import compile_linear
+from benchmarks.sass import inspect
 from bert_fused.kernels.candidates import candidates, shared_bytes
 arch = int(sys.argv[1])
 shapes = [(M, N, K) for N, K in ((3072, 768), (4096, 1024), (768, 768)) for M in (1, 64, 256, 1024, 8192)]
@@ -296,11 +308,11 @@ def kernel(x_ptr, out_ptr, N, stride_xm, KIND: tl.constexpr):
 PLANTED_SCRIPT = """
 import json
 import planted
-from benchmarks import sass
+from benchmarks import ahead_of_time
 from benchmarks.intermediate import narrow_offsets, wide_products
 found = {}
 for kind in ("good", "stride", "inside stride", "size", "row"):
-    ttir = sass._compile(planted.kernel, "float16", 80, {"KIND": kind}, {}).asm["ttir"]
+    ttir = ahead_of_time.compile_kernel(planted.kernel, "float16", 80, {"KIND": kind}, {}).asm["ttir"]
     found[kind] = [narrow_offsets(ttir), wide_products(ttir)]
 print(json.dumps(found))
 """
