@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test lint gpu gpu-bench clean
+.PHONY: demo test lint matrix test-tritons numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -19,6 +19,16 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Other Tritons are installed into .tritons/, beside the pinned one.
+matrix: $(VENV)/.test
+	$(PY) -m benchmarks matrix $(ARGS)
+
+test-tritons: $(VENV)/.test
+	$(PY) -m benchmarks tritons $(ARGS)
+
+numerics: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
+
 # For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
 gpu:
 	sh benchmarks/gpu.sh test $(PYTHON)
@@ -27,7 +37,7 @@ gpu-bench:
 	sh benchmarks/gpu.sh bench $(PYTHON)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .tritons
 
 # torch comes first and under the constraints, so that nothing below pulls another one.
 $(VENV)/.torch: constraints.txt

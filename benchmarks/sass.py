@@ -5,6 +5,7 @@ are modelled and prove nothing about speed. Exits with 1 if a budget of docs/des
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -16,24 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
 
 from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.candidates import LATENCY, Chip, chip_of, modelled_clocks
-from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, load_table, shipped_configs
+from bert_fused.kernels.candidates import LATENCY, Chip, chip_of, modelled_clocks, resident_blocks
+from bert_fused.kernels.configs import MAX_M, SHARED_MEMORY, Config, get_config, load_table, shipped_configs
+
+from .ahead_of_time import ROWS, compile_grad, compile_linear, compile_pass
+from .intermediate import matrix_instructions, narrow_offsets, right_instruction, wide_products
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 REGISTERS_PER_SM = 65536
 # Bytes of shared memory that the system takes from an SM's for each block on it.
 RESERVED = 1024
-# Blocks an SM holds at a time, where the speed of a configuration rests on it.
+# Blocks an SM must hold at a time, where the speed of a configuration rests on it whatever the cycle model supposes.
 RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
 # BERT-base: the shape whose time is modelled for configurations that serve any N and K, and for the passes.
 N, K = 3072, 768
 PASS_ROWS = 8192
-MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
+# Fewest multiplications in 64 bits: rows of x, W and the output; x and W are TMA's; whole tensors; rows of both inputs.
+WIDE_PRODUCTS = {"pointer": 3, "tma": 0, "act_fwd": 1, "act_bwd": 2}
 
 # Most instructions per element, by whether the pre-activation is stored: from the end of the loop over K to the exit of
 # the configuration below (activation, cast, store, teardown of the pipeline), and of a derivative beyond ReLU's.
@@ -58,98 +63,6 @@ def activations_to_check(dtype: str) -> tuple[str, ...]:
     return ("gelu",) if dtype in ("tf32", "float32") else ("gelu", "tanh", "gelu_tanh")
 
 
-def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True) -> Any:
-    """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are."""
-    tma = config.kernel == "tma"
-    constants: dict[str, Any] = {
-        "stride_xk": 1,
-        "stride_wk": 1,
-        "ACTIVATION": activation,
-        "HAS_BIAS": True,
-        "SAVE_PREACT": save_preact,
-        "EVEN_K": True,
-        "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
-        "TMA": tma,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "SPLIT_K": config.split_k,
-        "PERSISTENT": config.persistent > 0,
-        "SUBTILES": config.subtiles,
-        "FLATTEN": config.flatten,
-        "WARP_SPECIALIZE": config.warp_specialize,
-    }
-    tiles = {
-        "x_ptr": (config.block_m, config.block_k),
-        "w_ptr": (config.block_n, config.block_k),
-        "out_ptr": (config.block_m, config.block_n // config.subtiles),
-        "preact_ptr": (config.block_m, config.block_n // config.subtiles),
-    }
-    return _compile(
-        linear_act.linear_act_fwd_kernel,
-        config.dtype,
-        arch,
-        constants,
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-        unaligned=("M",),
-        descriptors=tiles if tma else {},
-    )
-
-
-def compile_pass(dtype: str, arch: int, *, activation: str) -> Any:
-    constants = {"ACTIVATION": activation, "BLOCK": act_pass.BLOCK}
-    return _compile(act_pass.act_fwd_kernel, dtype, arch, constants, {})
-
-
-def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
-    constants = {
-        "stride_dn": 1,
-        "ACTIVATION": activation,
-        "BIAS_GRAD": True,
-        "ROWS_PER_PROGRAM": act_grad.MAX_ROWS_PER_PROGRAM,
-        "BLOCK_M": act_grad.BLOCK_M,
-        "BLOCK_N": act_grad.BLOCK_N,
-    }
-    return _compile(act_grad.act_bwd_kernel, dtype, arch, constants, {}, ("M",))
-
-
-def _compile(
-    kernel: Any,
-    dtype: str,
-    arch: int,
-    constants: dict[str, Any],
-    options: dict[str, int],
-    unaligned: tuple[str, ...] = (),
-    descriptors: dict[str, tuple[int, int]] | None = None,
-) -> Any:
-    descriptors = descriptors or {}
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in descriptors:
-            rows, columns = descriptors[name]
-            return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
-        if not name.endswith("_ptr"):
-            return "i32"
-        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
-
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: type_of(name) for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name not in constants and name not in unaligned and name not in descriptors
-        },
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
-
-
 def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 64) -> dict[str, Any]:
     """Resources of a compiled kernel, read from its machine code. ``tile``: output elements a block computes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -164,6 +77,7 @@ def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 
     matrix = [i for i, (name, _) in enumerate(instructions) if name.startswith(matrix_instruction(arch, block_m))]
     epilogue = _epilogue_length(instructions, labels, matrix[-1]) if matrix else 0
     shared = compiled.metadata.shared
+    ttir, ptx = compiled.asm["ttir"], compiled.asm["ptx"]
     return {
         "registers": registers,
         "instructions": len(instructions),
@@ -174,6 +88,10 @@ def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 
             (SHARED_MEMORY[arch] + RESERVED) // (shared + RESERVED),
         ),
         "mma_instructions": len(matrix),
+        "matrix": ", ".join(matrix_instructions(ptx)),
+        "narrow_offsets": narrow_offsets(ttir),
+        "wide_products": wide_products(ttir),
+        "approximate_tanh": "tanh.approx" in ptx,
         "epilogue_per_element": round(epilogue * num_warps * 32 / tile, 1) if matrix else None,
     }
 
@@ -216,38 +134,73 @@ def _tool(name: str, *arguments: str) -> str:
 def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
     """A row per kernel, configuration and activation that an architecture can select.
 
-    The forward stores the pre-activation, and in another row, for BERT's own activation, does not.
+    The forward stores the pre-activation, of any number of rows. In another row, for BERT's own activation, it does
+    not, and has a multiple of 16 rows, as batched inference. A configuration that serves one row is compiled for that.
     """
     for config in shipped_configs(arch):
-        shape = shape_served(config, arch)
-        variants = [(activation, True) for activation in activations_to_check(config.dtype)] + [("gelu", False)]
-        for activation, save_preact in variants:
-            compiled = compile_linear(config, arch, activation=activation, save_preact=save_preact)
+        shapes = shapes_served(config, arch)
+        variants = [(activation, True, 17) for activation in activations_to_check(config.dtype)] + [("gelu", False, 16)]
+        if min(shapes)[0] == 1:
+            variants.append(("gelu", True, 1))
+        for activation, save_preact, rows in variants:
             tile = config.block_m * config.block_n
-            row = {"kernel": "linear_act_fwd", "arch": arch, "dtype": config.dtype, "config": str(config)}
-            row |= {"activation": activation, "save_preact": save_preact}
+            row = {"arch": arch, "dtype": config.dtype, "config": str(config), "activation": activation}
+            row |= {"save_preact": save_preact, "rows": rows, "triton": triton.__version__}
+            row |= of_kernel("linear_act_fwd", config.kernel)
+            row |= {"right_matrix": right_instruction(arch, config.dtype, config.block_m)}
+            row |= {"intended_ctas": intended_blocks(config, arch, shapes)}
+            try:
+                compiled = compile_linear(config, arch, activation=activation, save_preact=save_preact, rows=rows)
+            except Exception as error:  # the compiler's have no base of their own
+                yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+                continue
             row |= inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
-            yield row | linear_times(config, shape, arch)
+            yield row | linear_times(config, max(shapes, key=math.prod), arch)
     for dtype in ("float16", "bfloat16", "float32"):
-        row = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False}
+        row = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False, "triton": triton.__version__}
         for activation in activations_to_check(dtype):
             compiled = compile_pass(dtype, arch, activation=activation)
             stats = inspect(compiled, arch, compiled.metadata.num_warps, act_pass.BLOCK)
-            yield row | {"kernel": "act_fwd", "activation": activation} | stats | pass_times(2, dtype, arch)
+            yield row | of_kernel("act_fwd") | {"activation": activation} | stats | pass_times(2, dtype, arch)
         relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, 4, GRAD_TILE)
         for activation in activations_to_check(dtype):
             compiled = compile_grad(dtype, arch, activation=activation)
             stats = inspect(compiled, arch, compiled.metadata.num_warps, GRAD_TILE)
             added = (stats["instructions"] - relu["instructions"]) * compiled.metadata.num_warps * 32 / GRAD_TILE
             stats["derivative_per_element"] = round(added, 1)
-            yield row | {"kernel": "act_bwd", "activation": activation} | stats | pass_times(3, dtype, arch)
+            yield row | of_kernel("act_bwd") | {"activation": activation} | stats | pass_times(3, dtype, arch)
 
 
-def shape_served(config: Config, arch: int) -> tuple[int, int, int]:
-    """M, N and K of the largest product that an architecture's table gives to a configuration."""
+def of_kernel(name: str, kind: str | None = None) -> dict[str, Any]:
+    """What holds for every row of a kernel. ``kind``: how the forward kernel reaches memory."""
+    return {"kernel": name, "row_variants": row_variants(name), "least_wide_products": WIDE_PRODUCTS[kind or name]}
+
+
+@functools.cache
+def row_variants(kernel: str) -> int:
+    """How many kernels Triton makes of one for all numbers of rows, by what it specialises on."""
+    jitted, name = {
+        "linear_act_fwd": (linear_act.linear_act_fwd_kernel, "M"),
+        "act_fwd": (act_pass.act_fwd_kernel, "numel"),
+        "act_bwd": (act_grad.act_bwd_kernel, "M"),
+    }[kernel]
+    (parameter,) = [parameter for parameter in jitted.params if parameter.name == name]
+    special, aligned = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+    numbers = (*range(1, 4097), *range(MAX_M - 64, MAX_M + 1))
+    return len({native_specialize_impl(CUDABackend, number, False, special, aligned) for number in numbers})
+
+
+def shapes_served(config: Config, arch: int) -> list[tuple[int, int, int]]:
+    """M, N and K of products that an architecture's table gives to a configuration."""
     served = [(entry.m, entry.n or N, entry.k or K) for entry in load_table(arch) if entry.config == config]
-    served += [(M, N, K) for M in (1, 4096) if get_config(M, N, K, config.dtype, arch, aligned=True) == config]
-    return max(served, key=math.prod)
+    return served + [(M, N, K) for M in (1, 4096) if get_config(M, N, K, config.dtype, arch, aligned=True) == config]
+
+
+def intended_blocks(config: Config, arch: int, shapes: list[tuple[int, int, int]]) -> int:
+    """How many blocks share an SM where the cycle model ranked the configuration: as many as there are, or as fit."""
+    needed = max(-(-M // config.block_m) * -(-N // config.block_n) * config.split_k for M, N, _ in shapes)
+    modelled = min(resident_blocks(config, arch), -(-needed // chip_of(arch).sms))
+    return RESIDENT_BLOCKS.get((arch, str(config)), modelled)
 
 
 def linear_times(config: Config, shape: tuple[int, int, int], arch: int) -> dict[str, Any]:
@@ -281,6 +234,8 @@ def _microseconds(clocks: float, chip: Chip) -> float:
 
 def broken_budgets(row: dict[str, Any]) -> list[str]:
     """What of docs/design.md a row breaks, in words."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
     broken = []
     if row["spills"]:
         broken.append(f"{row['spills']} spills")
@@ -289,9 +244,17 @@ def broken_budgets(row: dict[str, Any]) -> list[str]:
     if row["kernel"] == "linear_act_fwd":
         if not row["mma_instructions"]:
             broken.append("no matrix instruction")
-        resident = RESIDENT_BLOCKS.get((row["arch"], row["config"]), 1)
-        if row["ctas_per_sm"] < resident:
-            broken.append(f"{row['ctas_per_sm']} blocks per SM instead of {resident}")
+        if row["matrix"] != row["right_matrix"]:
+            broken.append(f"tiles are multiplied by {row['matrix'] or 'nothing'} instead of {row['right_matrix']}")
+        if row["ctas_per_sm"] < row["intended_ctas"]:
+            broken.append(f"{row['ctas_per_sm']} blocks per SM instead of {row['intended_ctas']}")
+    broken += [f"32-bit offsets: {product}" for product in row["narrow_offsets"]]
+    if row["wide_products"] < row["least_wide_products"]:
+        broken.append(f"{row['wide_products']} products in 64 bits instead of {row['least_wide_products']}")
+    if row["row_variants"] > len(ROWS):
+        broken.append(f"{row['row_variants']} variants over the number of rows instead of {len(ROWS)}")
+    if row["approximate_tanh"]:
+        broken.append("tanh.approx, which is good to 11 bits")
     budget, count = None, row["epilogue_per_element"]
     if (row["arch"], row["config"]) == EPILOGUE_BUDGET_CONFIG:
         budget = EPILOGUE_BUDGET.get((row["dtype"], row["activation"], row["save_preact"]))
@@ -304,7 +267,7 @@ def broken_budgets(row: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__)
-    parser.add_argument("--arch", default="80,89,90,100", help="compute capabilities, separated by commas")
+    parser.add_argument("--arch", default="80,86,89,90,100,120", help="compute capabilities, separated by commas")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file as well")
     arguments = parser.parse_args(argv)
     try:
@@ -314,17 +277,17 @@ def main(argv: list[str]) -> int:
     if not archs or set(archs) - MATRIX_INSTRUCTION.keys():
         parser.error(f"--arch: expected some of {', '.join(map(str, MATRIX_INSTRUCTION))}, got {arguments.arch!r}")
     rows = []
-    columns = ("kernel", "arch", "dtype", "config", "activation", "save_preact", "registers", "spills", "shared_bytes")
-    columns += ("ctas_per_sm", "mma_instructions", "epilogue_per_element", "derivative_per_element", "shape")
-    columns += ("modelled_us", "roofline_us")
+    columns = ("kernel", "arch", "dtype", "config", "activation", "save_preact", "rows", "registers", "spills")
+    columns += ("shared_bytes", "ctas_per_sm", "mma_instructions", "matrix", "epilogue_per_element")
+    columns += ("derivative_per_element", "shape", "modelled_us", "roofline_us")
     print(" | ".join(columns))
     for arch in archs:
         for row in inspect_arch(arch):
-            rows.append(row)
+            rows.append(row | {"broken": broken_budgets(row)})
             print(" | ".join(str(row.get(column, "")) for column in columns), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
-    broken = [(row, reason) for row in rows for reason in broken_budgets(row)]
+    broken = [(row, reason) for row in rows for reason in row["broken"]]
     for row, reason in broken:
         names = " ".join(str(row[column]) for column in ("kernel", "arch", "dtype", "config", "activation"))
         print(f"budget broken: {names}: {reason}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Which configurations are worth timing for a shape. Pure Python: needs neither Triton nor a GPU.
 
-Tiles that the compiler does not spill on (tested for sm_80, sm_90 and sm_100), in the order of a cycle model; nothing
-here was measured on a GPU.
+Tiles that the compiler does not spill on (tested for sm_80, sm_89, sm_90 and sm_100), in the order of a cycle
+model; nothing here was measured on a GPU.
 """
 
 import dataclasses
@@ -44,7 +44,11 @@ TMA_TILES: tuple[Tile, ...] = (
     (128, 256, 64, 8, 4),
     (256, 128, 64, 8, 3),
 )
-POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4), (128, 128, 64, 4, 3))
+POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
+# All 255 registers of each thread, and not one more: bf16 alone has that few instructions.
+BF16_TILES: tuple[Tile, ...] = ((128, 128, 64, 4, 3),)
+# Tiles for which sm_86 and sm_89 give a thread too few registers, and what they are offered instead.
+MORE_WARPS: dict[Tile, Tile] = {(64, 64, 64, 4, 4): (64, 64, 64, 8, 4)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,11 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
     tma = 90 <= arch < 120
     rows = 2 * max(M, 16)  # a taller tile would compute mostly rows that are not there
     pointer_tiles = (*SMALL_TILES, *MIDDLE_TILES) if M <= 256 else MIDDLE_TILES
-    for tile in pointer_tiles if tma else (*pointer_tiles, *POINTER_TILES):
+    if not tma:
+        pointer_tiles = (*pointer_tiles, *POINTER_TILES, *(BF16_TILES if dtype == "bfloat16" else ()))
+    for tile in pointer_tiles:
+        if arch in (86, 89):
+            tile = MORE_WARPS.get(tile, tile)
         if tile[0] >= rows or (tile[0] < 64 and tile[0] < M // 4):
             continue
         plain = config("pointer", tile)
@@ -155,7 +163,10 @@ def shared_bytes(config: Config, arch: int) -> int:
 def resident_blocks(config: Config, arch: int) -> int:
     """How many blocks an SM holds, by shared memory and an estimate of registers; at least 1."""
     threads = 32 * config.num_warps
-    registers = min(255, config.block_m * config.block_n // threads + 64)
+    sums = config.block_m * config.block_n // threads
+    # Pointers, masks and, in TF32, converted operands come on top; fitted to what is compiled for sm_80 to sm_120.
+    held = {"tma": 1.0, "pointer": 3.0 if config.dtype == "tf32" else 1.6}[config.kernel]
+    registers = min(255, int(sums * held) + 64)
     by_memory = SHARED_MEMORY.get(arch, 101376) // shared_bytes(config, arch)
     return max(1, min(by_memory, 65536 // (registers * threads), 16))
 

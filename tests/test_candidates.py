@@ -29,6 +29,18 @@ def test_candidates_fit_and_hold_lookups_choice_and_the_library(dtype: str, arch
                 assert config.kernel != "tma" or 90 <= arch < 120
 
 
+def test_tiles_that_spill_are_not_offered_where_they_do() -> None:
+    """Seen by compiling: sm_86 and sm_89 give a thread of 4 warps too few registers, and TF32 needs the most."""
+    spills = Config("pointer", "float16", 64, 64, 64, 4, 4)
+    full = {dtype: Config("pointer", dtype, 128, 128, 64, 4, 3) for dtype in ("float16", "bfloat16")}
+    for arch in (80, 86, 89):
+        assert (spills in candidates(512, 3072, 768, "float16", arch)) == (arch == 80)
+        assert dataclasses.replace(spills, num_warps=8) in candidates(512, 3072, 768, "float16", arch) or arch == 80
+        for dtype, config in full.items():
+            assert (config in candidates(512, 3072, 768, dtype, arch)) == (dtype == "bfloat16")
+        assert Config("pointer", "tf32", 128, 128, 32, 4, 3) not in candidates(512, 3072, 768, "tf32", arch)
+
+
 def test_library_alone_where_no_kernel_serves() -> None:
     assert candidates(512, 3072, 768, "float32", 90) == [Config("library", "float32")]
     assert candidates(512, 3072, 0, "bfloat16", 90) == [Config("library", "bfloat16")]
@@ -61,6 +73,9 @@ def test_the_model_ranks_as_its_parts_say() -> None:
         return modelled_clocks(config, M, N, K, 90)
 
     assert clocks(tile, 2048) < clocks(tile, 4096) < clocks(tile, 8192)
+    # 167 registers are compiled for the first, 148 for the second.
+    assert resident_blocks(Config("pointer", "bfloat16", 128, 128, 64, 8, 3), 80) == 1
+    assert resident_blocks(Config("pointer", "bfloat16", 64, 128, 64, 4, 4), 90) == 2
     one_block = dataclasses.replace(tile, num_stages=4, block_k=128)
     assert resident_blocks(tile, 90) == 2
     assert resident_blocks(one_block, 90) == 1

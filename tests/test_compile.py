@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets, linear_times, pass_times
-from bert_fused.kernels.configs import SHARED_MEMORY, Config, shipped_configs
+from benchmarks.intermediate import matrix_instructions, right_instruction
+from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets, intended_blocks, linear_times, pass_times
+from bert_fused.kernels.candidates import resident_blocks
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, shipped_configs
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -29,11 +31,12 @@ def run_compiler(*arguments: str) -> str:
 
 
 def compile_kernels(*calls: str) -> list[dict[str, Any]]:
-    """``asm`` and ``inspect`` of expressions over benchmarks.sass, in a process of their own."""
+    """``asm`` and ``inspect`` of expressions over benchmarks.ahead_of_time, in a process of their own."""
     script = f"""
 import json
 from bert_fused.kernels.configs import Config
-from benchmarks.sass import compile_grad, compile_linear, compile_pass, inspect
+from benchmarks.ahead_of_time import compile_grad, compile_linear, compile_pass
+from benchmarks.sass import inspect
 rows = []
 for compiled in ({", ".join(calls)},):
     asm = {{stage: compiled.asm[stage] for stage in ("ttir", "ptx")}}
@@ -46,7 +49,7 @@ print(json.dumps(rows))
 
 
 # One test an architecture: workers share them, and each is compiled once.
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_shipped_configurations(arch: int, tmp_path: Path) -> None:
     """None spills, all fit, and the product is done by matrix instructions."""
     report = tmp_path / "report.json"
@@ -59,17 +62,26 @@ def test_shipped_configurations(arch: int, tmp_path: Path) -> None:
         assert {row["dtype"] for row in rows if row["kernel"] == kernel} == {"float16", "bfloat16", "float32"}
 
     for row in rows:
+        assert row["broken"] == [], row
         assert row["arch"] == arch, row
         assert row["registers"] > 0, row
         assert row["spills"] == 0, row
         assert row["shared_bytes"] <= SHARED_MEMORY[arch], row
         assert row["ctas_per_sm"] >= 1, row
         assert row["modelled_us"] > row["roofline_us"] > 0, row
+        assert row["row_variants"] == 3, row
     for row in linear:
         assert row["mma_instructions"] > 0, row
         assert row["epilogue_per_element"] > 0, row
     shipped = {(arch, row["config"]) for row in linear}
     assert all(key in shipped for key in RESIDENT_BLOCKS if key[0] == arch)
+    # Each kind of row is there for each configuration, one row only for those that serve it.
+    kinds = {(row["dtype"], row["config"]): set() for row in linear}
+    for row in linear:
+        kinds[row["dtype"], row["config"]].add((row["rows"], row["save_preact"]))
+    assert all(found >= {(17, True), (16, False)} for found in kinds.values())
+    of_one_row = {get_config(1, 3072, 768, dtype, arch, aligned=True) for dtype in ("float16", "bfloat16", "tf32")}
+    assert {key for key, found in kinds.items() if (1, True) in found} == {(c.dtype, str(c)) for c in of_one_row}
 
 
 def test_a_broken_budget_fails_the_command() -> None:
@@ -80,7 +92,7 @@ from benchmarks import sass
 from bert_fused.kernels.configs import Config
 tile = Config("pointer", "float16", 128, 256, 64, num_warps=4, num_stages=3)
 sass.shipped_configs = lambda arch: [tile]
-sass.shape_served = lambda config, arch: (4096, 3072, 768)
+sass.shapes_served = lambda config, arch: [(4096, 3072, 768)]
 sass.activations_to_check = lambda dtype: ("gelu",)
 sys.exit(sass.main(["--arch", "80"]))
 """
@@ -91,8 +103,10 @@ sys.exit(sass.main(["--arch", "80"]))
 
 GOOD_ROW = {"kernel": "linear_act_fwd", "arch": 90, "dtype": "bfloat16", "config": "tma 128x128x64 4 warps 3 stages"}
 GOOD_ROW |= {"activation": "gelu", "save_preact": False, "spills": 0, "shared_bytes": 98328, "mma_instructions": 8}
-GOOD_ROW |= {"ctas_per_sm": 2, "epilogue_per_element": 10.0}
-BACKWARD = {"kernel": "act_bwd", "config": "", "epilogue_per_element": None}
+GOOD_ROW |= {"ctas_per_sm": 2, "intended_ctas": 2, "epilogue_per_element": 10.0, "matrix": "wgmma", "row_variants": 3}
+GOOD_ROW |= {"right_matrix": "wgmma", "narrow_offsets": [], "wide_products": 3, "least_wide_products": 3}
+GOOD_ROW |= {"approximate_tanh": False}
+BACKWARD = {"kernel": "act_bwd", "config": "", "epilogue_per_element": None, "mma_instructions": 0, "matrix": ""}
 
 
 @pytest.mark.parametrize(
@@ -103,13 +117,20 @@ BACKWARD = {"kernel": "act_bwd", "config": "", "epilogue_per_element": None}
         ({"shared_bytes": 232449}, "232449 bytes of shared memory"),
         ({"mma_instructions": 0}, "no matrix instruction"),
         ({"ctas_per_sm": 1}, "1 blocks per SM instead of 2"),
+        ({"matrix": "mma, wgmma"}, "tiles are multiplied by mma, wgmma instead of wgmma"),
+        ({"matrix": ""}, "tiles are multiplied by nothing instead of wgmma"),
+        ({"narrow_offsets": ["N times tt.get_program_id"]}, "32-bit offsets: N times tt.get_program_id"),
+        ({"wide_products": 2}, "2 products in 64 bits instead of 3"),
+        ({"row_variants": 4}, "4 variants over the number of rows instead of 3"),
+        ({"approximate_tanh": True}, "tanh.approx"),
+        ({"error": "PassManager: failed"}, "does not compile: PassManager: failed"),
         ({"epilogue_per_element": 10.1}, "10.1 instructions per element, budget 10.0"),
         ({"epilogue_per_element": 11.0, "save_preact": True}, None),
         ({"epilogue_per_element": 12.1, "dtype": "float16"}, "12.1 instructions per element, budget 12.0"),
         (BACKWARD | {"derivative_per_element": 16.0}, None),
         (BACKWARD | {"derivative_per_element": 16.1}, "16.1 instructions per element, budget 16.0"),
     ],
-    ids=["good", "spills", "shared", "mma", "blocks", "epilogue", "preact", "fp16", "derivative", "derivative-over"],
+    ids=lambda value: "-".join(value) or "good" if isinstance(value, dict) else None,
 )
 def test_budgets(change: dict[str, Any], reason: str | None) -> None:
     broken = broken_budgets(GOOD_ROW | change)
@@ -121,7 +142,7 @@ def test_an_unknown_architecture_is_refused() -> None:
     command = [sys.executable, "-m", "benchmarks", "sass", "--arch", "90,frog"]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "expected some of 80, 86, 89, 90, 100, 120, got '90,frog'" in result.stderr
+    assert "expected some of 80, 86, 89, 90, 100, 103, 120, got '90,frog'" in result.stderr
 
 
 def test_modelled_times_by_hand() -> None:
@@ -138,6 +159,15 @@ def test_modelled_times_by_hand() -> None:
     one_pass = pass_times(2, "float32", 90)
     assert one_pass["roofline_us"] == round(2 * 4 * 8192 * 3072 / (132 * 14.4 * 1.755e3), 1)
     assert one_pass["modelled_us"] > one_pass["roofline_us"]
+
+
+def test_intended_blocks_are_those_of_the_model_or_as_many_as_there_are() -> None:
+    tile = Config("pointer", "bfloat16", 64, 64, 64, num_warps=4, num_stages=4)
+    assert intended_blocks(tile, 90, [(8192, 3072, 768)]) == resident_blocks(tile, 90) == 3
+    assert intended_blocks(tile, 90, [(8, 3072, 768), (256, 3072, 768)]) == 2, "192 blocks for 132 SMs"
+    assert intended_blocks(tile, 90, [(8, 3072, 768)]) == 1
+    pinned = Config("tma", "bfloat16", 128, 128, 64, num_warps=4, num_stages=3)
+    assert intended_blocks(pinned, 90, [(8, 3072, 768)]) == 2
 
 
 def test_a_tile_too_large_is_seen_to_spill() -> None:
@@ -174,11 +204,12 @@ def test_sixteen_bit_activations_are_exact_ones() -> None:
 CANDIDATES_SCRIPT = """
 import json
 import sys
-from benchmarks.sass import compile_linear, inspect
+from benchmarks.ahead_of_time import compile_linear
+from benchmarks.sass import inspect
 from bert_fused.kernels.candidates import candidates, shared_bytes
 arch = int(sys.argv[1])
 shapes = [(M, N, K) for N, K in ((3072, 768), (4096, 1024), (768, 768)) for M in (1, 64, 256, 1024, 8192)]
-offered = dict.fromkeys(c for shape in shapes for c in candidates(*shape, "bfloat16", arch) if c.kernel != "library")
+offered = dict.fromkeys(c for shape in shapes for c in candidates(*shape, sys.argv[2], arch) if c.kernel != "library")
 rows = []
 for config in offered:
     compiled = compile_linear(config, arch, activation="gelu")
@@ -190,10 +221,11 @@ print(json.dumps(rows))
 """
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_candidates_compile_without_spills(arch: int) -> None:
+# bf16 has a tile of its own on sm_80; fp16's GELU has one instruction more, for sm_89's fewer registers.
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bfloat16"), (89, "float16"), (90, "bfloat16"), (100, "bfloat16")])
+def test_candidates_compile_without_spills(arch: int, dtype: str) -> None:
     """Whatever the tuner is offered, split, persistent and warp-specialized kernels included."""
-    rows = json.loads(run_compiler("-c", CANDIDATES_SCRIPT, str(arch)).splitlines()[-1])
+    rows = json.loads(run_compiler("-c", CANDIDATES_SCRIPT, str(arch), dtype).splitlines()[-1])
     assert len(rows) > 20
     assert any("K in 2" in row["config"] for row in rows)
     assert any(row["persistent"] for row in rows) == (arch >= 90)
@@ -247,3 +279,70 @@ def test_row_offsets_have_64_bits() -> None:
     types = multiplications(backward["ttir"])
     assert types.count("tensor<16x1xi64>") == 2, "rows of d_out and of the contiguous tensors"
     assert not [t for t in types if t.endswith("xi32>")]
+
+
+PLANTED_OFFSETS = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x_ptr, out_ptr, N, stride_xm, KIND: tl.constexpr):
+    first = tl.program_id(0) * 16
+    inside = tl.arange(0, 16)[:, None]
+    rows = first + inside
+    cols = tl.arange(0, 16)[None, :]
+    wide_rows = rows.to(tl.int64) * stride_xm
+    base = first.to(tl.int64) * N
+    if KIND == "stride":
+        wide_rows = rows * stride_xm
+    elif KIND == "inside stride":
+        wide_rows = inside * stride_xm
+    elif KIND == "size":
+        base = first * N
+    elif KIND == "row":
+        wide_rows = rows * 4096
+    tl.store(out_ptr + base + inside * N + cols, tl.load(x_ptr + wide_rows + cols))
+"""
+
+PLANTED_SCRIPT = """
+import json
+import planted
+from benchmarks import ahead_of_time
+from benchmarks.intermediate import narrow_offsets, wide_products
+found = {}
+for kind in ("good", "stride", "inside stride", "size", "row"):
+    ttir = ahead_of_time.compile_kernel(planted.kernel, "float16", 80, {"KIND": kind}, {}).asm["ttir"]
+    found[kind] = [narrow_offsets(ttir), wide_products(ttir)]
+print(json.dumps(found))
+"""
+
+
+def test_narrow_offsets_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows inside a tile, which N is limited for, are let pass."""
+    (tmp_path / "planted.py").write_text(PLANTED_OFFSETS)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    assert json.loads(run_compiler("-c", PLANTED_SCRIPT)) == {
+        "good": [[], 2],
+        "stride": [["arith.addi times stride_xm"], 1],
+        "inside stride": [["stride_xm times tt.make_range"], 1],
+        "size": [["N times arith.muli"], 1],
+        "row": [["arith.addi times arith.constant"], 1],
+    }
+
+
+def test_matrix_instructions_are_told_apart() -> None:
+    ptx = """
+    wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, p, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, p, 1, 1, 0, 0;
+    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4};
+    mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1}, {%r2}, {%r3}, {%r4};
+    @p tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, p;
+    """
+    assert matrix_instructions(ptx) == sorted(
+        ["mma.f16.f16.f16.f16", "mma.f32.f16.f16.f32", "tcgen05.mma.kind::f16", "wgmma.mma_async.f32.bf16.bf16"]
+    )
+    assert right_instruction(90, "bfloat16", 64) == "wgmma.mma_async.f32.bf16.bf16"
+    assert right_instruction(90, "float16", 32) == right_instruction(80, "float16", 128) == "mma.f32.f16.f16.f32"
+    assert right_instruction(100, "tf32", 128) == "tcgen05.mma.kind::tf32"
+    assert right_instruction(120, "tf32", 128) == "mma.f32.tf32.tf32.f32"

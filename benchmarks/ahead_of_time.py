@@ -1,0 +1,112 @@
+"""The kernels compiled ahead of time, for an architecture by name: no GPU is asked."""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bert_fused.kernels import act_grad, act_pass, linear_act
+from bert_fused.kernels.configs import Config
+
+TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
+# Triton makes a kernel for one row, one for multiples of 16, and one for all other numbers of rows.
+ROWS = (1, 16, 17)
+
+
+def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True, rows: int = 17) -> Any:
+    """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are.
+
+    rows: one of ``ROWS``, for all numbers of rows that Triton takes for the same.
+    """
+    tma = config.kernel == "tma"
+    constants: dict[str, Any] = {
+        "stride_xk": 1,
+        "stride_wk": 1,
+        "ACTIVATION": activation,
+        "HAS_BIAS": True,
+        "SAVE_PREACT": save_preact,
+        "EVEN_K": True,
+        "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
+        "TMA": tma,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "SPLIT_K": config.split_k,
+        "PERSISTENT": config.persistent > 0,
+        "SUBTILES": config.subtiles,
+        "FLATTEN": config.flatten,
+        "WARP_SPECIALIZE": config.warp_specialize,
+    }
+    if rows == 1:
+        constants["M"] = 1
+    tiles = {
+        "x_ptr": (config.block_m, config.block_k),
+        "w_ptr": (config.block_n, config.block_k),
+        "out_ptr": (config.block_m, config.block_n // config.subtiles),
+        "preact_ptr": (config.block_m, config.block_n // config.subtiles),
+    }
+    return compile_kernel(
+        linear_act.linear_act_fwd_kernel,
+        config.dtype,
+        arch,
+        constants,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        unaligned=("M",) if rows % 16 else (),
+        descriptors=tiles if tma else {},
+    )
+
+
+def compile_pass(dtype: str, arch: int, *, activation: str) -> Any:
+    constants = {"ACTIVATION": activation, "BLOCK": act_pass.BLOCK}
+    return compile_kernel(act_pass.act_fwd_kernel, dtype, arch, constants, {})
+
+
+def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
+    constants = {
+        "stride_dn": 1,
+        "ACTIVATION": activation,
+        "BIAS_GRAD": True,
+        "ROWS_PER_PROGRAM": act_grad.MAX_ROWS_PER_PROGRAM,
+        "BLOCK_M": act_grad.BLOCK_M,
+        "BLOCK_N": act_grad.BLOCK_N,
+    }
+    return compile_kernel(act_grad.act_bwd_kernel, dtype, arch, constants, {}, ("M",))
+
+
+def compile_kernel(
+    kernel: Any,
+    dtype: str,
+    arch: int,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    unaligned: tuple[str, ...] = (),
+    descriptors: dict[str, tuple[int, int]] | None = None,
+) -> Any:
+    """A kernel whose integers are multiples of 16 but for ``unaligned``. ``descriptors``: the tiles of those given."""
+    descriptors = descriptors or {}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in descriptors:
+            rows, columns = descriptors[name]
+            return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
+        if not name.endswith("_ptr"):
+            return "i32"
+        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
+        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: type_of(name) for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in constants and name not in unaligned and name not in descriptors
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
