@@ -231,8 +231,9 @@ def multiplications(ttir: str) -> list[str]:
 
 def test_row_offsets_have_64_bits() -> None:
     """Tensors pass 2^31 elements: only offsets inside a tile, guarded by MAX_N, may be 32-bit."""
-    forward, one_pass, backward = compile_kernels(
+    forward, split, one_pass, backward = compile_kernels(
         "compile_linear(Config('pointer', 'bfloat16', 64, 32, 64, 4, 3), 80, activation='gelu')",
+        "compile_linear(Config('pointer', 'bfloat16', 64, 32, 64, 4, 3, split_k=2), 80, activation='gelu')",
         "compile_pass('bfloat16', 80, activation='gelu')",
         "compile_grad('bfloat16', 80, activation='gelu')",
     )
@@ -241,6 +242,8 @@ def test_row_offsets_have_64_bits() -> None:
     assert types.count("tensor<1x32xi64>") == 1, "row of W times its stride"
     assert types.count("i64") == 1, "first row of the output tile times N"
     assert [t for t in types if t.endswith("xi32>")] == ["tensor<64x1xi32>"], "row inside the output tile times N"
+
+    assert multiplications(split["ttir"]).count("i64") == 2, "the same, and the tile times the size of its partial sums"
 
     assert multiplications(one_pass["ttir"]) == ["i64"]
 

@@ -395,6 +395,17 @@ def test_which_gpus_have_kernels(capability, reason, monkeypatch) -> None:
         runtime._arch_of_index.cache_clear()
 
 
+def test_rocm_has_no_kernels(monkeypatch) -> None:
+    """ROCm's devices are called cuda as well, and some have a capability past 8.0."""
+    from bert_fused import dispatch
+    from bert_fused.kernels import runtime
+
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    assert dispatch.device_reason(torch.device("cuda", 0), torch.bfloat16) == "ROCm is not supported"
+
+
 def test_a_fallback_is_logged_once(caplog) -> None:
     from bert_fused.dispatch import log_once
 
