@@ -116,7 +116,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
 
 def _rows(tensor: Any) -> Any:
     """A kept call's tensors have the caller's dimensions."""
-    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor is None or tensor.dim() == 2 else _flat(tensor)
 
 
 class _LinearAct(torch.autograd.Function):

@@ -95,9 +95,7 @@ class Verdict:
 
 def read_faults(path: Path) -> list[Fault]:
     """A table per fault, under the name of the file that it is in."""
-    return [
-        Fault(file=file, **fields) for file, rows in tomllib.loads(path.read_text()).items() for fields in rows
-    ]
+    return [Fault(file=file, **fields) for file, rows in tomllib.loads(path.read_text()).items() for fields in rows]
 
 
 def copy_repository(target: Path) -> Path:
