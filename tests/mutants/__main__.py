@@ -1,4 +1,4 @@
-"""Whether the suite notices faults: ``make mutants`` puts those of ``faults.toml``, one by one, into a copy of the repository.
+"""``make mutants``: whether the suite notices the faults of ``faults.toml``, planted one by one in a copy of the tree.
 
 A fault is killed if its tests fail with it and pass without it. The command fails if one survives that is not explained
 as equivalent, if an explained one is killed after all, or if a fault's tests prove nothing.
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -28,6 +27,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, whose pytest brings it
+    import tomli as tomllib
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
