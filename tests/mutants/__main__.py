@@ -213,8 +213,8 @@ def judge_all(faults: list[Fault], jobs: int, seconds: float, console: Console) 
 
 
 def line(verdict: Verdict) -> Text:
-    word = Text(f"{verdict.word:<14}", GOOD.get(verdict.word, "bold red"))
-    return word + Text(f"{verdict.fault.name:<40} {verdict.seconds:4.0f} s  {verdict.detail}")
+    word = Text(f"{verdict.word:<15}", GOOD.get(verdict.word, "bold red"))
+    return word + Text(f"{verdict.fault.name:<56} {verdict.seconds:4.0f} s  {verdict.detail}")
 
 
 def main() -> int:
