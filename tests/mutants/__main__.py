@@ -102,6 +102,17 @@ def read_faults(path: Path) -> list[Fault]:
     return [Fault(file=file, **fields) for file, rows in tomllib.loads(path.read_text()).items() for fields in rows]
 
 
+def unplantable(faults: list[Fault]) -> list[str]:
+    """What is wrong with faults whose text has changed, or that are not Python and so would be killed by anything."""
+    wrong = []
+    for fault in faults:
+        try:
+            compile(fault.planted(ROOT), fault.file, "exec")
+        except (OSError, ValueError, SyntaxError) as error:
+            wrong.append(str(error) if isinstance(error, ValueError) else f"{fault.name}: {error}")
+    return wrong
+
+
 def copy_repository(target: Path) -> Path:
     """What git tracks and what it would: links stay links."""
     listed = subprocess.run(
@@ -227,8 +238,10 @@ def main() -> int:
     options = parser.parse_args()
 
     faults = read_faults(options.faults)
-    for fault in faults:
-        fault.planted(ROOT)
+    misfits = unplantable(faults)
+    if misfits:
+        print("\n".join(misfits))
+        return 1
     faults = [fault for fault in faults if not options.names or any(name in fault.name for name in options.names)]
     if options.seed:
         random.Random(options.seed).shuffle(faults)
