@@ -116,7 +116,9 @@ def _backward(ctx: Any, d_out: Tensor | None, d_preact_direct: Tensor | None) ->
 
 def _rows(tensor: Any) -> Any:
     """A kept call's tensors have the caller's dimensions."""
-    return tensor if tensor is None or tensor.dim() == 2 else _flat(tensor)
+    if tensor is None or tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # -1 is ambiguous where there is no element
 
 
 class _LinearAct(torch.autograd.Function):

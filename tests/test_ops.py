@@ -119,6 +119,20 @@ def test_gradients_of_every_subset(activation, wanted) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (0, 3)])
+@pytest.mark.parametrize(("columns", "inputs"), [(2, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
+def test_gradients_of_tensors_without_elements(activation, columns, inputs, shape) -> None:
+    x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((*shape, inputs), (columns, inputs), (columns,)))
+    out = linear_act(x, weight, bias, activation)
+    out.sum().backward()
+    assert out.shape == (*shape, columns)
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    expected = reference.linear_act(x.detach(), weight.detach(), bias, activation).sum()
+    torch.testing.assert_close(bias.grad, torch.autograd.grad(expected, bias)[0])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
