@@ -470,6 +470,18 @@ def test_one_graph_serves_all_rows() -> None:
     assert torch.ops.bert_fused.linear_act_fwd in names or torch.ops.bert_fused.linear_act_fwd.default in names
 
 
+def test_dynamo_is_kept_from_eager_modes_questions(monkeypatch) -> None:
+    """Dynamo takes a transform for active whenever it is asked, so that the answers that it cannot trace are never
+    reached. A Dynamo that knows better must not come to them either."""
+    from bert_fused import dispatch
+
+    monkeypatch.setattr(dispatch, "_peek_interpreter_stack", lambda: None)
+    torch._dynamo.reset()
+    x, weight, bias = tensors(3)
+    compiled = torch.compile(linear_act, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), reference.linear_act(x, weight, bias, "gelu"))
+
+
 def test_compiled_training_step() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
