@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test lint matrix test-tritons numerics gpu gpu-bench clean
+.PHONY: demo test mutants fuzz lint matrix test-tritons numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -13,6 +13,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
+
+mutants: $(VENV)/.test
+	$(PY) tests/mutants $(ARGS)
+
+fuzz: $(VENV)/.test
+	BERT_FUSED_FUZZ=$${BERT_FUSED_FUZZ:-2000} $(PYTEST) tests/test_properties.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

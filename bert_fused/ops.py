@@ -119,7 +119,9 @@ def _backward(
 
 def _rows(tensor: Any) -> Any:
     """A kept call's tensors have the caller's dimensions."""
-    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    if tensor is None or tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # -1 is ambiguous where there is no element
 
 
 class _LinearAct(torch.autograd.Function):

@@ -29,7 +29,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import stub_driver
-from bert_fused import linear_act
+from bert_fused import linear_act, reference
 from bert_fused.kernels import launch as launching
 from bert_fused.kernels import linear_act as forward
 from bert_fused.kernels import replay
@@ -660,6 +660,43 @@ def check_devices_are_kept_apart() -> None:
         _, seen = launched(lambda tensor=tensor: launch(probe_kernel, (1,), tensor, b, *numbers, **constexprs))
     assert seen["stream"] == 0xD1
     assert sorted(key[1] for key in launching._kept) == [-1, 1]
+
+
+def check_a_new_and_a_kept_kernel_run_on_their_tensors_device() -> None:
+    args, constexprs = next(probes())
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def on_device(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        before = STUB.stub_launches()
+        yield
+        assert STUB.stub_launches() == before + 1
+
+    original, launching.on_device = launching.on_device, on_device
+    try:
+        launching._kept.clear()
+        for _ in range(2):
+            launch(probe_kernel, (1,), *args, **constexprs)
+    finally:
+        launching.on_device = original
+    assert [tensor is args[0] for tensor in entered] == [True, True]
+
+
+def check_lazily_zero_tensors_are_not_launched() -> None:
+    """They have no address, and all else in common with those of a kept call."""
+    tensors = linear_tensors()
+    for _ in range(2):
+        linear_act(*tensors)
+    assert replay.calls
+    for place, tensor in enumerate(tensors):
+        zero = torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
+        arguments = [zero if i == place else other for i, other in enumerate(tensors)]
+        before = STUB.stub_launches()
+        out = linear_act(*arguments)
+        assert STUB.stub_launches() == before
+        arguments[place] = torch.zeros_like(tensor)
+        torch.testing.assert_close(out, reference.linear_act(*arguments, "gelu"))
 
 
 def check_another_device_is_made_the_current_one() -> None:

@@ -87,6 +87,19 @@ def test_integers_are_exact(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert torch.equal(d_bias, (d_out.double() * saved.double()).sum(0).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_sums_of_blocks_are_kept_in_fp32(dtype: torch.dtype) -> None:
+    """Two blocks with large sums that cancel but for one: 16 bits would lose it."""
+    M = 2 * MAX_ROWS_PER_PROGRAM
+    while rows_per_program(M, 1, INTERPRETER_SMS) < MAX_ROWS_PER_PROGRAM:
+        M += MAX_ROWS_PER_PROGRAM
+    d_out = torch.zeros(M, 1, dtype=dtype)
+    for row, value in ((0, 4096.0), (1, 1.0), (MAX_ROWS_PER_PROGRAM, -4096.0)):
+        d_out[row] = value
+    _, d_bias = act_bwd(d_out, torch.ones_like(d_out), activation="relu", bias_grad=True)
+    assert torch.equal(d_bias, torch.ones(1, dtype=dtype))
+
+
 @pytest.mark.parametrize("layout", ["row_slice", "column_slice", "transposed", "expanded", "cls", "offset1", "scalar"])
 @all_dtypes
 def test_layouts_of_d_out(dtype: torch.dtype, layout: str) -> None:

@@ -241,6 +241,10 @@ def test_partial_sums_are_published_before_they_are_counted(arch: int) -> None:
     """The order that the kernel's memory argument rests on: store, barrier, counting at GPU scope, barrier, load."""
     call = f"compile_linear(Config('pointer', 'bfloat16', 16, 32, 128, 4, 4, split_k=2), {arch}, activation='gelu')"
     (kernel,) = compile_kernels(call)
+    # Ours, before the count: in the PTX another barrier, for shared memory, may happen to stand there.
+    found = re.findall(r"tt\.store|(?:ttg|gpu)\.barrier|tt\.atomic_rmw", kernel["ttir"])
+    counted = found.index("tt.atomic_rmw")
+    assert found[counted - 2 : counted] in (["tt.store", "ttg.barrier"], ["tt.store", "gpu.barrier"])
     order = r"st\.global\.cg|ld\.global\.cg|bar\.sync|atom\.global\.gpu\.acq_rel\.add"
     found = [step for step, _ in itertools.groupby(re.findall(order, kernel["ptx"]))]
     counted = found.index("atom.global.gpu.acq_rel.add")
@@ -263,8 +267,9 @@ def multiplications(ttir: str) -> list[str]:
 
 def test_row_offsets_have_64_bits() -> None:
     """Tensors pass 2^31 elements: only offsets inside a tile, guarded by MAX_N, may be 32-bit."""
-    forward, one_pass, backward = compile_kernels(
+    forward, split, one_pass, backward = compile_kernels(
         "compile_linear(Config('pointer', 'bfloat16', 64, 32, 64, 4, 3), 80, activation='gelu')",
+        "compile_linear(Config('pointer', 'bfloat16', 64, 32, 64, 4, 3, split_k=2), 80, activation='gelu')",
         "compile_pass('bfloat16', 80, activation='gelu')",
         "compile_grad('bfloat16', 80, activation='gelu')",
     )
@@ -273,6 +278,8 @@ def test_row_offsets_have_64_bits() -> None:
     assert types.count("tensor<1x32xi64>") == 1, "row of W times its stride"
     assert types.count("i64") == 1, "first row of the output tile times N"
     assert [t for t in types if t.endswith("xi32>")] == ["tensor<64x1xi32>"], "row inside the output tile times N"
+
+    assert multiplications(split["ttir"]).count("i64") == 2, "the same, and the tile times the size of its partial sums"
 
     assert multiplications(one_pass["ttir"]) == ["i64"]
 

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from bert_fused.kernels import configs
+from bert_fused.kernels import linear_act as launcher
 from bert_fused.kernels.configs import (
     MAX_M,
     MAX_N,
@@ -20,7 +22,7 @@ from bert_fused.kernels.configs import (
     load_table,
     shipped_configs,
 )
-from bert_fused.kernels.linear_act import _is_aligned, _precision
+from bert_fused.kernels.linear_act import _is_aligned, _precision, linear_act_fwd
 
 TABLE_ARCHS = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
 KERNEL_DTYPES = ("float16", "bfloat16", "tf32")
@@ -83,6 +85,14 @@ def test_cublas_serves_what_tiles_would_spill_on(arch: int) -> None:
     assert get_config(512, 3072, 768, "float16", arch, aligned=False) == Config("library", "float16")
     for aligned in (False, True):
         assert get_config(512, 3072, 768, "float32", arch, aligned=aligned) == Config("library", "float32")
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("M", [1, 4096])
+def test_cublas_serves_products_of_nothing(M: int, dtype: str, arch: int) -> None:
+    """No descriptor describes a matrix without columns."""
+    assert get_config(M, 3072, 0, dtype, arch, aligned=True) == Config("library", dtype)
 
 
 @pytest.mark.parametrize("arch", [0, 90])
@@ -202,3 +212,28 @@ def test_alignment(dtype: torch.dtype) -> None:
     assert not _is_aligned(memory.t(), 64)
     assert not _is_aligned(memory[:1].expand(8, 64), 64)
     assert not _is_aligned(torch.zeros(64 * 66, dtype=dtype).view(64, 66)[:, :64], 64)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "N", "aligned"),
+    [((0, 0), 64, True), ((1, 0), 64, False), ((0, 1), 64, False), ((8, 8), 64, True), ((0, 0), 60, False)],
+    ids=["all", "x", "weight", "whole boundaries", "output"],
+)
+def test_the_launcher_looks_at_every_row(
+    offsets: tuple[int, int], N: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of x, the weight and the output: lookup is told that rows are aligned only if all are."""
+    asked: list[bool] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Config:
+        asked.append(kwargs["aligned"])
+        return Config("library", "float16")
+
+    monkeypatch.setattr(launcher, "get_config", watched)
+    x, weight = (
+        torch.ones(size + 16, dtype=torch.float16)[offset : offset + size].view(-1, 64)
+        for size, offset in zip((4 * 64, N * 64), offsets, strict=True)
+    )
+    out, _ = linear_act_fwd(x, weight, None, activation="none", save_preact=False)
+    assert asked == [aligned]
+    assert torch.equal(out, torch.full_like(out, 64))

@@ -101,6 +101,20 @@ def test_gradients_of_every_subset(activation, wanted) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (0, 3)])
+@pytest.mark.parametrize(("columns", "inputs"), [(2, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
+def test_gradients_of_tensors_without_elements(activation, columns, inputs, shape) -> None:
+    x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((*shape, inputs), (columns, inputs), (columns,)))
+    out = linear_act(x, weight, bias, activation)
+    out.sum().backward()
+    assert out.shape == (*shape, columns)
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    expected = reference.linear_act(x.detach(), weight.detach(), bias, activation).sum()
+    torch.testing.assert_close(bias.grad, torch.autograd.grad(expected, bias)[0])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
@@ -358,6 +372,17 @@ def test_which_gpus_have_kernels(capability, reason, monkeypatch) -> None:
         runtime._arch_of_index.cache_clear()
 
 
+def test_rocm_has_no_kernels(monkeypatch) -> None:
+    """ROCm's devices are called cuda as well, and some have a capability past 8.0."""
+    from bert_fused import dispatch
+    from bert_fused.kernels import runtime
+
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    assert dispatch.device_reason(torch.device("cuda", 0), torch.bfloat16) == "ROCm is not supported"
+
+
 def test_a_fallback_is_logged_once(caplog) -> None:
     from bert_fused.dispatch import log_once
 
@@ -406,6 +431,18 @@ def test_one_graph_serves_all_rows() -> None:
     assert counter.frame_count <= 3
     names = [node.target for graph in counter.graphs for node in graph.graph.nodes]
     assert torch.ops.bert_fused.linear_act_fwd in names or torch.ops.bert_fused.linear_act_fwd.default in names
+
+
+def test_dynamo_is_kept_from_eager_modes_questions(monkeypatch) -> None:
+    """Dynamo takes a transform for active whenever it is asked, so that the answers that it cannot trace are never
+    reached. A Dynamo that knows better must not come to them either."""
+    from bert_fused import dispatch
+
+    monkeypatch.setattr(dispatch, "_peek_interpreter_stack", lambda: None)
+    torch._dynamo.reset()
+    x, weight, bias = tensors(3)
+    compiled = torch.compile(linear_act, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), reference.linear_act(x, weight, bias, "gelu"))
 
 
 def test_compiled_training_step() -> None:
