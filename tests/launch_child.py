@@ -30,9 +30,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import stub_driver
 from bert_fused import linear_act, reference
+from bert_fused.kernels import act_pass, replay
 from bert_fused.kernels import launch as launching
 from bert_fused.kernels import linear_act as forward
-from bert_fused.kernels import replay
 from bert_fused.kernels.configs import Config
 from bert_fused.kernels.launch import launch
 
@@ -516,10 +516,12 @@ def check_hooks_fire() -> None:
     for _ in range(3):
         launch(probe_kernel, (1,), *args, **constexprs)
         linear_act(x, w, b)
+        linear_act(x, w[:31], b[:31])
     for how in ("launch_enter_hook", "launch_exit_hook", "a function as hook", "pre_run_hooks"):
         for kernel, call in (
             (probe_kernel, lambda: launch(probe_kernel, (1,), *args, **constexprs)),
             (forward.linear_act_fwd_kernel, lambda: linear_act(x, w, b)),
+            (act_pass.act_fwd_kernel, lambda: linear_act(x, w[:31], b[:31])),
         ):
             seen: list[Any] = []
             with observed(kernel, how, seen):
