@@ -144,6 +144,18 @@ def test_autocast_gives_hugging_faces_dtype(name) -> None:
     torch.testing.assert_close(mine, other, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gelus_that_autocast_runs_in_fp32_have_no_kernel_under_it(device) -> None:
+    """Whose torch.pow CUDA's autocast promotes; the CPU's does not, so that no dtype would show it here."""
+    torch.set_autocast_enabled(device, True)  # torch.autocast would not, where there is no GPU
+    try:
+        found = {name: activation_name(ACT2FN[name]) for name in KERNEL_OF_NAME}
+    finally:
+        torch.set_autocast_enabled(device, False)
+    assert [name for name in found if found[name] is None] == ["gelu_new", "gelu_python_tanh", "gelu_accurate"]
+    assert all(found[name] in (None, kernel) for name, kernel in KERNEL_OF_NAME.items())
+
+
 @pytest.mark.parametrize("shape", [(1, 5, 32), (0, 5, 32), (2, 1, 32)])
 def test_batches_of_any_size(shape) -> None:
     for fused, original in ((FusedBertIntermediate, BertIntermediate), (FusedBertPooler, BertPooler)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import bert_fused
 from bert_fused import cls_pool, linear_act, ops, reference
+from bert_fused.kernels.configs import Config
 from bert_fused.reference import ACTIVATIONS
 
 K, N = 20, 7
@@ -80,6 +81,23 @@ def test_cls_pool_reads_the_first_rows_in_place(launches) -> None:
     hidden[:, 1:] = float("nan")
     torch.testing.assert_close(cls_pool(hidden, weight, bias), expected, rtol=1e-5, atol=1e-6)
     assert launches == 2 * ["linear_act_fwd"]
+
+
+def test_cls_pool_copies_no_row(monkeypatch) -> None:
+    from bert_fused.kernels import linear_act as forward
+
+    given: list[tuple[int, tuple[int, ...]]] = []
+    launch = forward.linear_act_fwd
+
+    def watched(x, *args, **kwargs):
+        given.append((x.data_ptr(), x.stride()))
+        return launch(x, *args, **kwargs)
+
+    monkeypatch.setattr(forward, "linear_act_fwd", watched)
+    for grad in (False, True):
+        hidden, weight, bias = tensors(3, 4, grad=grad)
+        cls_pool(hidden, weight, bias)
+        assert given.pop() == (hidden.data_ptr(), (4 * K, 1))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -161,7 +179,12 @@ def test_double_backward_runs_twice_and_changes_nothing() -> None:
         ("none", (False, False, True), set()),
     ],
 )
-def test_nothing_is_saved_that_no_gradient_needs(activation, wanted, saved) -> None:
+@pytest.mark.parametrize("kernel", ["pointer", "library"])
+def test_nothing_is_saved_that_no_gradient_needs(activation, wanted, saved, kernel, monkeypatch) -> None:
+    if kernel == "library":  # whose product could record a graph of its own
+        from bert_fused.kernels import linear_act as forward
+
+        monkeypatch.setattr(forward, "get_config", lambda M, N, K, dtype, *_, **__: Config("library", dtype))
     x, weight, bias = (t.requires_grad_(flag) for t, flag in zip(tensors(5), wanted, strict=True))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
