@@ -18,6 +18,7 @@ from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from .dispatch import device_reason, tensor_reason
+from .genuine import UNKNOWN, class_is_patched, forwards, hook_reason
 from .ops import cls_pool, linear_act
 
 # Class name -> the module of transformers that defines it.
@@ -61,7 +62,7 @@ def activation_name(function: Any) -> str | None:
         except TypeError:  # unhashable
             return None
     kind = type(function)
-    if _hook_reason(function) is not None or _class_is_patched(kind):
+    if hook_reason(function) is not None or class_is_patched(kind):
         return None
     if kind is hf.GELUActivation:
         return "gelu" if function.act is F.gelu or function.act == function._gelu_python else None
@@ -84,43 +85,10 @@ def linear_reason(linear: Any) -> str | None:
     """Why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None if it cannot."""
     if type(linear) is not nn.Linear:
         return f"its dense layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
-    if _class_is_patched(nn.Linear):
+    if class_is_patched(nn.Linear):
         return "nn.Linear.forward was replaced"
-    reason = _hook_reason(linear)
+    reason = hook_reason(linear)
     return f"its dense layer has {reason}" if reason is not None else None
-
-
-# The ``forward`` of each class that was found to be its own file's: reading its code in every call takes a microsecond.
-_genuine: dict[type[nn.Module], Any] = {}
-_UNKNOWN = object()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _class_is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's ``forward`` is no longer the code of the file that defines the class."""
-    forward = kind.forward
-    if forward is _genuine.get(kind, _UNKNOWN):
-        return False
-    code = getattr(forward, "__code__", None)
-    if code is None or code.co_filename != sys.modules[kind.__module__].__file__:
-        return True
-    _genuine[kind] = forward
-    return False
-
-
-def _hook_reason(module: nn.Module) -> str | None:
-    attributes = module.__dict__
-    if "forward" in attributes or "_hf_hook" in attributes:
-        return "a forward of its own"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    ):
-        return "hooks"
-    return None
 
 
 def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
@@ -142,7 +110,7 @@ def step_aside_reason(module: nn.Module) -> str | None:
     """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    if _class_is_patched(original_class(module) or type(module)):
+    if class_is_patched(original_class(module) or type(module)):
         return "its class's forward was replaced"
     dense = getattr(module, "dense", None)
     reason = linear_reason(dense)
@@ -187,7 +155,7 @@ def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden
 
     Looks at what can change between calls; ``linear_act`` looks at the tensors.
     """
-    if type(hidden_states) is not Tensor or _class_is_patched(original):
+    if type(hidden_states) is not Tensor or class_is_patched(original):
         return None
     kind = type(function)
     if (
@@ -208,7 +176,7 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module of class ``kind`` is known to run that class's own forward, global hooks aside."""
     attributes = module.__dict__
     return not (
-        kind.forward is not _genuine.get(kind, _UNKNOWN)
+        kind.forward is not forwards.get(kind, UNKNOWN)
         or attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
