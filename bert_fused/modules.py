@@ -18,21 +18,18 @@ from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from .dispatch import device_reason, tensor_reason
+from .families import PREFIXES
 from .genuine import UNKNOWN, class_is_patched, forwards, hook_reason
 from .ops import cls_pool, linear_act
 
 # Class name -> the module of transformers that defines it.
 ORIGINALS = {
-    f"{prefix}{kind}": f"transformers.models.{family}.modeling_{family}"
-    for family, prefix, kinds in (
-        ("bert", "Bert", ("Intermediate", "Pooler")),
-        ("roberta", "Roberta", ("Intermediate", "Pooler")),
-        ("xlm_roberta", "XLMRoberta", ("Intermediate", "Pooler")),
-        ("camembert", "Camembert", ("Intermediate", "Pooler")),
-        ("electra", "Electra", ("Intermediate",)),
-    )
-    for kind in kinds
+    f"{prefix}{kind}": home
+    for home, prefix in PREFIXES.items()
+    for kind in ("Intermediate", "Pooler")
+    if f"{prefix}{kind}" != "ElectraPooler"  # ELECTRA has none
 }
+ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
 
 _ACTIVATION_OF_TYPE = {
     hf.FastGELUActivation: "gelu_tanh",
@@ -205,8 +202,12 @@ class _FusedIntermediate(nn.Module):
 class _FusedPooler(nn.Module):
     original: type[nn.Module]
     recompute_preact = False
+    # Whether nobody reads the pooled output, so that it need not be computed. Set by ``fuse``, like the above.
+    skip = False
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor | None:
+        if "skip" in self.__dict__:
+            return None
         original = _original_now(self)
         function, dense, weight, bias = _parts(self, "activation")
         activation = _activation_now(original, function, dense, hidden_states)
@@ -230,8 +231,17 @@ class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
 
 
 def fused_class(original: type) -> type[nn.Module] | None:
-    """The fused counterpart of a class of transformers; None if there is none, or if it is not the class itself."""
-    if ORIGINALS.get(original.__name__) != original.__module__:
+    """The fused counterpart of a block of transformers; None if there is none, or if it is not the class itself."""
+    return _counterpart(original, ORIGINALS)
+
+
+def fused_encoder_class(original: type) -> type[nn.Module] | None:
+    """The same for an encoder."""
+    return _counterpart(original, ENCODERS)
+
+
+def _counterpart(original: type, originals: dict[str, str]) -> type[nn.Module] | None:
+    if originals.get(original.__name__) != original.__module__:
         return None
     return cast(type[nn.Module], getattr(sys.modules[__name__], f"Fused{original.__name__}"))
 
@@ -244,16 +254,23 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """Make the fused counterpart of a class in ``ORIGINALS``. Unpickling a fused module comes here as well."""
+    """Make the fused counterpart of a class of transformers. Unpickling a fused module comes here as well."""
     original_name = name.removeprefix("Fused")
-    if name == original_name or original_name not in ORIGINALS:
+    home = (ORIGINALS | ENCODERS).get(original_name)
+    if name == original_name or home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    original = getattr(importlib.import_module(ORIGINALS[original_name]), original_name)
-    mixin = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
+    original = getattr(importlib.import_module(home), original_name)
+    mixin: type[nn.Module] = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
+    does = "in one kernel"
+    if original_name in ENCODERS:
+        # Imported here because it needs parts of transformers that the fused modules do without.
+        from .encoder import FusedEncoder as mixin
+
+        does = "without work that nobody reads"
     made = type(
         name,
         (mixin, original),
-        {"__module__": __name__, "__doc__": f"``{original_name}`` in one kernel.", "original": original},
+        {"__module__": __name__, "__doc__": f"``{original_name}`` {does}.", "original": original},
     )
     # Two threads may both get here; all must see the class that came first.
     return cast(type[nn.Module], globals().setdefault(name, made))

@@ -1,0 +1,187 @@
+"""The fused encoder: no work on padding, and no last-layer rows that nobody reads. Needs transformers.
+
+Hugging Face's encoder is given the mask that its attention wants, not the caller's, and does not know who reads its
+result. Both come as a ``Request``, which hooks put among the keyword arguments on their way down (``readers.py``).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.output_capturing import _active_collector
+
+from .dispatch import reading_reason
+from .genuine import class_is_patched, watch_reason
+from .packing import kept, packing_of, sdpa
+
+CLSOnly = bool | Literal["auto"]
+
+# The keyword argument that a request travels in.
+REQUEST = "bert_fused_request"
+
+# Keyword arguments that change nothing about the encoder's result.
+_HARMLESS = ("position_ids", "num_items_in_batch")
+
+# Where modules come from that treat every row of their input alike, whatever other rows there are.
+_ROWWISE = ("torch.nn.modules.", "transformers.", "bert_fused.", "peft.")
+
+
+class Request(NamedTuple):
+    """What an encoder must know of a call.
+
+    mask: the caller's attention mask, if padding may be dropped. needs_first: position 0 is read even where it is
+        padding. only_first: no other position is read.
+    """
+
+    mask: Tensor | None
+    needs_first: bool
+    only_first: bool
+
+
+class FusedEncoder(nn.Module):
+    original: type[nn.Module]
+    # Set by ``fuse``, as attributes of the instance.
+    unpad = False
+    cls_only: CLSOnly = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        request = kwargs.pop(REQUEST, None)
+        stranger = encoder_hidden_states is not None or past_key_values is not None or use_cache
+        if isinstance(request, Request) and not stranger and _is_plain_call(self, hidden_states, kwargs):
+            hidden = _run(self, hidden_states, attention_mask, request, kwargs)
+            if hidden is not None:
+                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        # Hugging Face's class, also if another thread has given it back to the module since the call began.
+        original = getattr(type(self), "original", type(self))
+        return original.forward(
+            self,
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            use_cache,
+            **kwargs,
+        )
+
+
+def _is_plain_call(encoder: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether nothing but the last hidden states is asked for, and of ordinary tensors."""
+    config: Any = encoder.config
+    return (
+        type(hidden_states) is Tensor
+        and config._attn_implementation in ("sdpa", "eager")
+        and not any(value for name, value in kwargs.items() if name not in _HARMLESS)
+        and not _active_collector.get()
+    )
+
+
+def _run(
+    encoder: nn.Module, hidden: Tensor, attention_mask: Tensor | None, request: Request, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The last hidden states, or None where Hugging Face's way is as good or the only right one."""
+    config: Any = encoder.config
+    packing = None
+    if request.mask is not None and reading_reason(hidden) is None:
+        mask = request.mask.to(hidden.device)
+        keep = kept(mask, hidden.shape[:2], config._attn_implementation)
+        if keep is not None:
+            packing = packing_of(keep, needs_first=request.needs_first or request.only_first)
+    only_first = request.only_first and (
+        packing is not None or _masks_scores(attention_mask, config._attn_implementation)
+    )
+    if (packing is None and not only_first) or layers_reason(encoder) is not None:
+        return None
+
+    *layers, last = cast(Any, encoder.layer)
+    if packing is None:
+        for layer in layers:
+            hidden = layer(hidden, attention_mask, None, encoder_attention_mask=None, past_key_values=None, **kwargs)
+        first_row = attention_mask[:, :, :1] if attention_mask is not None else None
+        return _layer(last, functools.partial(sdpa, mask=first_row), hidden, hidden[:, :1])
+
+    hidden = packing.pack(hidden)
+    for layer in layers:
+        hidden = _layer(layer, packing.attend, hidden, hidden)
+    if only_first:
+        attend = functools.partial(packing.attend, firsts=True)
+        return packing.restore_firsts(_layer(last, attend, hidden, packing.firsts(hidden)))
+    return packing.restore(_layer(last, packing.attend, hidden, hidden))
+
+
+def _masks_scores(mask: Tensor | None, attention: str) -> bool:
+    """Whether SDPA understands a mask that Hugging Face hands to its attention, as that attention does."""
+    if mask is None:
+        return True
+    return mask.dim() == 4 and (mask.is_floating_point() or (mask.dtype is torch.bool and attention == "sdpa"))
+
+
+def _layer(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
+    """A layer of which ``rows`` go on, while keys and values are those of all of ``hidden``."""
+    if layer.gradient_checkpointing and layer.training:
+        return cast(
+            Tensor, layer._gradient_checkpointing_func(functools.partial(_forward, layer, attend), hidden, rows)
+        )
+    return _forward(layer, attend, hidden, rows)
+
+
+def _forward(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
+    attention = layer.attention.self
+    context = attend(
+        attention.query(rows),
+        attention.key(hidden),
+        attention.value(hidden),
+        heads=attention.num_attention_heads,
+        scale=attention.scaling,
+        dropout=attention.dropout.p if attention.training else 0.0,
+    )
+    return cast(Tensor, layer.feed_forward_chunk(layer.attention.output(context, rows)))
+
+
+def layers_reason(encoder: nn.Module) -> str | None:
+    """Why the layers may do something that ``_layer`` does not, or not row by row, in words, or None."""
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    home = getattr(type(encoder), "original", type(encoder)).__module__
+    for i, layer in enumerate(cast(nn.ModuleList, encoder.layer)):
+        attention: Any = getattr(layer, "attention", None)
+        parts = {"Layer": layer, "Attention": attention, "SelfAttention": getattr(attention, "self", None)}
+        for name, module in parts.items():
+            kind = type(module)
+            ours = kind.__module__ == home and kind.__name__.endswith(name)
+            if not ours or class_is_patched(kind):
+                return f"layer {i} has a {kind.__qualname__} of another kind"
+        if layer.chunk_size_feed_forward:
+            return "chunk_size_feed_forward is set"
+        reason = _tree_reason(layer)
+        if reason is not None:
+            return f"layer {i} has {reason}"
+    return None
+
+
+def _tree_reason(root: nn.Module) -> str | None:
+    # nn.Module.modules() takes five times as long.
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        reason = watch_reason(module)
+        if reason is not None:
+            return reason
+        kind = type(module)
+        if not kind.__module__.startswith(_ROWWISE):
+            return f"a {kind.__module__}.{kind.__qualname__}"
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return None
