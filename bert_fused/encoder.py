@@ -5,18 +5,19 @@ result. Both come as a ``Request``, which hooks put among the keyword arguments 
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
 from .dispatch import reading_reason
 from .genuine import class_is_patched, watch_reason
-from .packing import kept, packing_of, sdpa
+from .packing import Packing, kept, packing_of
 
 CLSOnly = bool | Literal["auto"]
 
@@ -94,39 +95,52 @@ def _run(
 ) -> Tensor | None:
     """The last hidden states, or None where Hugging Face's way is as good or the only right one."""
     config: Any = encoder.config
-    packing = None
+    packing: Packing | None = None
     if request.mask is not None and reading_reason(hidden) is None:
         mask = request.mask.to(hidden.device)
         keep = kept(mask, hidden.shape[:2], config._attn_implementation)
         if keep is not None:
             packing = packing_of(keep, needs_first=request.needs_first or request.only_first)
-    only_first = request.only_first and (
-        packing is not None or _masks_scores(attention_mask, config._attn_implementation)
-    )
+    # For position 0 only the first row of Hugging Face's mask is needed; it has rows if it has four dimensions.
+    only_first = request.only_first and (packing is not None or attention_mask is None or attention_mask.dim() == 4)
     if (packing is None and not only_first) or layers_reason(encoder) is not None:
         return None
 
+    layers: list[Any]
     *layers, last = cast(Any, encoder.layer)
     if packing is None:
         for layer in layers:
             hidden = layer(hidden, attention_mask, None, encoder_attention_mask=None, past_key_values=None, **kwargs)
         first_row = attention_mask[:, :, :1] if attention_mask is not None else None
-        return _layer(last, functools.partial(sdpa, mask=first_row), hidden, hidden[:, :1])
+        attend = functools.partial(_as_hugging_face, attention=last.attention.self, mask=first_row)
+        return _layer(last, attend, hidden, hidden[:, :1])
 
-    hidden = packing.pack(hidden)
+    rows = packing.pack(hidden)
     for layer in layers:
-        hidden = _layer(layer, packing.attend, hidden, hidden)
+        rows = _layer(layer, packing.attend, rows, rows)
     if only_first:
         attend = functools.partial(packing.attend, firsts=True)
-        return packing.restore_firsts(_layer(last, attend, hidden, packing.firsts(hidden)))
-    return packing.restore(_layer(last, packing.attend, hidden, hidden))
+        return packing.restore_firsts(_layer(last, attend, rows, packing.firsts(rows)))
+    return packing.restore(_layer(last, packing.attend, rows, rows))
 
 
-def _masks_scores(mask: Tensor | None, attention: str) -> bool:
-    """Whether SDPA understands a mask that Hugging Face hands to its attention, as that attention does."""
-    if mask is None:
-        return True
-    return mask.dim() == 4 and (mask.is_floating_point() or (mask.dtype is torch.bool and attention == "sdpa"))
+def _as_hugging_face(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attention: Any,
+    mask: Tensor | None,
+    heads: int,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """The model's own attention over ``[B, S, heads * D]``, by the function that its configuration names."""
+    eager: Any = vars(sys.modules[type(attention).__module__])["eager_attention_forward"]
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    out, _ = function(attention, q, k, v, mask, dropout=dropout, scaling=scale)
+    return cast(Tensor, out.flatten(-2))
 
 
 def _layer(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
@@ -155,6 +169,8 @@ def layers_reason(encoder: nn.Module) -> str | None:
     """Why the layers may do something that ``_layer`` does not, or not row by row, in words, or None."""
     if _has_any_global_hook():
         return "hooks on all modules"
+    if not len(cast(nn.ModuleList, encoder.layer)):
+        return "it has no layers"
     home = getattr(type(encoder), "original", type(encoder)).__module__
     for i, layer in enumerate(cast(nn.ModuleList, encoder.layer)):
         attention: Any = getattr(layer, "attention", None)

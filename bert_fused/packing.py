@@ -34,17 +34,18 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """``[B, S, H]`` to ``[T, H]``."""
-        return padded.flatten(0, 1)[self.index]
+        rows: Tensor = padded.flatten(0, 1).index_select(0, self.index)
+        return rows
 
     def restore(self, rows: Tensor) -> Tensor:
         """``[T, H]`` to ``[B, S, H]``, zeros at padding."""
         batch, sequence = self.keep.shape
-        padded = rows.new_zeros(batch * sequence, rows.shape[-1])
-        return padded.index_copy(0, self.index, rows).unflatten(0, (batch, sequence))
+        padded = rows.new_zeros(batch * sequence, rows.shape[-1]).index_copy(0, self.index, rows)
+        return padded.view(batch, sequence, -1)
 
     def firsts(self, rows: Tensor) -> Tensor:
         """The first token of each sequence: ``[T, H]`` to ``[B, H]``, in packed order."""
-        return rows[self.starts[:-1].long()]
+        return rows.index_select(0, self.starts[:-1])
 
     def restore_firsts(self, rows: Tensor) -> Tensor:
         """``[B, H]`` in packed order to ``[B, 1, H]``."""
@@ -155,7 +156,7 @@ def _by_length(
         packing.runs, query.split(queries), key.split(tokens), value.split(tokens), strict=True
     ):
         q, k, v = (t.unflatten(0, (count, -1)) for t in qkv)
-        pieces.append(sdpa(q, k, v, heads, scale, dropout).flatten(0, 1))
+        pieces.append(_sdpa(q, k, v, heads, scale, dropout).flatten(0, 1))
     return torch.cat(pieces)
 
 
@@ -165,11 +166,11 @@ def _padded(
     """One call with padding and a mask, for devices on which a call for each length would cost more to launch."""
     q = packing.restore_firsts(query) if firsts else packing.restore(query)
     k, v, mask = packing.restore(key), packing.restore(value), packing.keep[:, None, None, :]
-    out = sdpa(q, k, v, heads, scale, dropout, mask)
+    out = _sdpa(q, k, v, heads, scale, dropout, mask)
     return out[packing.order, 0] if firsts else packing.pack(out)
 
 
-def sdpa(
+def _sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
