@@ -16,6 +16,8 @@ from torch import nn
 
 _lock = threading.Lock()
 
+_MATCHED_BY_NAME = "its class is named in _no_split_modules"
+
 # Attributes that ``fuse`` gives to instances, where they are not what the class says.
 _OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only")
 
@@ -154,6 +156,22 @@ def _apply(changes: Iterable[_Change]) -> None:
                 _readers().listen(change.place)
 
 
+@dataclass
+class _Plan:
+    """What a report will say, and what is to change in modules that are not fused yet and in those that are."""
+
+    fused: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    now: list[_Change] = field(default_factory=list)
+    before: list[_Change] = field(default_factory=list)
+
+    def fuse(self, name: str, path: str, change: _Change, already: Any) -> None:
+        self.fused.append(name)
+        self.paths[name] = path
+        (self.before if already else self.now).append(change)
+
+
 def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
     """The report, and what is to change in modules that are not fused yet and in those that are."""
     _check(model)
@@ -161,54 +179,59 @@ def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change]
     if modules is None:
         return FuseReport((), {"": "transformers is not installed"}), [], []
 
-    names: list[str] = []
-    skipped: dict[str, str] = {}
-    paths: dict[str, str] = {}
-    now: list[_Change] = []
-    before: list[_Change] = []
+    plan = _Plan()
     places = list(readers.places(model)) if readers is not None else []
-    unread = (
-        {id(place.base.pooler) for place in places if readers.may_skip_pooler(place)} if options.skip_pooler else ()
-    )
+    unread = {id(place.pooler) for place in places if place.head is None and options.skip_pooler}
     with _lock:
         matched_by_name = _names_others_match(model)
-        for name, module in model.named_modules():
-            already = modules.original_class(module)
-            target = modules.fused_class(already or type(module))
-            if target is None:
-                continue
-            reason = modules.step_aside_reason(module)
-            if reason is None and type(module).__name__ in matched_by_name:
-                reason = "its class is named in _no_split_modules"
-            if reason is not None:
-                skipped[name] = reason
-                continue
-            settings = {"recompute_preact": True} if options.recompute_preact else {}
-            if id(module) in unread:
-                settings["skip"] = True
-            (before if already else now).append(_Change(module, target, settings))
-            names.append(name)
-            paths[name] = "skipped by request" if id(module) in unread else modules.path_of(module)
+        _plan_blocks(plan, model, options, matched_by_name, unread)
         for place in places:
-            already = modules.original_class(place.encoder)
-            settings, done, reason = readers.settings(place, options.unpad, options.cls_only)
-            if settings:
-                target = modules.fused_encoder_class(already or type(place.encoder))
-                (before if already else now).append(_Change(place.encoder, target, settings, place))
-                names.append(place.name)
-                paths[place.name] = done
-            elif reason is not None:
-                skipped[place.name] = reason
-            elif already:
-                before.append(_Change(place.encoder, already, {}))
-    families = "bert, roberta, xlm-roberta, camembert, electra"
+            pools = place.pooler is not None and id(place.pooler) not in unread
+            _plan_encoder(plan, place, options, matched_by_name, pools)
+    holds_no = f"{type(model).__name__} holds no"
+    families = "of the families bert, roberta, xlm-roberta, camembert, electra"
     if (options.unpad or options.cls_only) and not places:
-        skipped[""] = (
-            f"{type(model).__name__} holds no whole model of the families {families}: its encoder is left alone"
-        )
-    elif not names and not skipped:
-        skipped[""] = f"{type(model).__name__} holds no intermediate or pooler module of the families {families}"
-    return FuseReport(tuple(names), skipped, paths), now, before
+        plan.skipped[""] = f"{holds_no} whole model {families}, so no encoder is fused"
+    elif not plan.fused and not plan.skipped:
+        plan.skipped[""] = f"{holds_no} intermediate or pooler module {families}"
+    return FuseReport(tuple(plan.fused), plan.skipped, plan.paths), plan.now, plan.before
+
+
+def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
+    """Intermediates and poolers. unread: ids of the poolers to skip."""
+    modules: Any = _modules()
+    for name, module in model.named_modules():
+        already = modules.original_class(module)
+        target = modules.fused_class(already or type(module))
+        if target is None:
+            continue
+        reason = modules.step_aside_reason(module)
+        if reason is None and type(module).__name__ in matched_by_name:
+            reason = _MATCHED_BY_NAME
+        if reason is not None:
+            plan.skipped[name] = reason
+            continue
+        settings = {"recompute_preact": True} if options.recompute_preact else {}
+        path = modules.path_of(module)
+        if id(module) in unread:
+            settings["skip"], path = True, "left out on request"
+        plan.fuse(name, path, _Change(module, target, settings), already)
+
+
+def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: set[str], pools: bool) -> None:
+    """An encoder at a ``readers.Place``. pools: a pooler reads its result."""
+    modules: Any = _modules()
+    already = modules.original_class(place.encoder)
+    settings, does, reason = _readers().settings(place, options.unpad, options.cls_only, pools)
+    if settings and type(place.encoder).__name__ in matched_by_name:
+        settings, reason = {}, _MATCHED_BY_NAME
+    if settings:
+        target = modules.fused_encoder_class(already or type(place.encoder))
+        plan.fuse(place.name, does, _Change(place.encoder, target, settings, place), already)
+    elif reason is not None:
+        plan.skipped[place.name] = reason
+    elif already:
+        plan.before.append(_Change(place.encoder, already, {}))
 
 
 def _names_others_match(model: nn.Module) -> set[str]:

@@ -53,6 +53,10 @@ class Place:
     listeners: tuple[tuple[nn.Module, Callable[..., Any]], ...]
     reason: str | None
 
+    @property
+    def pooler(self) -> nn.Module | None:
+        return getattr(self.base, "pooler", None)
+
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Every encoder of a supported family in ``model`` whose model is in there as well."""
@@ -96,8 +100,11 @@ def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
     return None
 
 
-def settings(place: Place, unpad: bool, cls_only: CLSOnly) -> tuple[dict[str, Any], str, str | None]:
-    """What of the wishes can be granted: an encoder's attributes, what it does in words, or why it is left alone."""
+def settings(place: Place, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[dict[str, Any], str, str | None]:
+    """What of the wishes can be granted: an encoder's attributes, what it does in words, or why it is left alone.
+
+    pools: whether there is a pooler that will not be skipped.
+    """
     if not unpad and not cls_only:
         return {}, "", None
     reason = place.reason or layers_reason(place.encoder)
@@ -110,7 +117,7 @@ def settings(place: Place, unpad: bool, cls_only: CLSOnly) -> tuple[dict[str, An
     if unpad:
         granted["unpad"] = True
         does.append("no work on padding")
-        if reads == "first" or _pooler_reads(place.base) == "first":
+        if reads == "first" or pools:
             does.append("dense where position 0 of a sequence is padding, since it is read")
     if cls_only and reads == "tokens":
         does.append(f"the whole last layer, since {reader} reads every position")
@@ -120,10 +127,6 @@ def settings(place: Place, unpad: bool, cls_only: CLSOnly) -> tuple[dict[str, An
         granted["cls_only"] = cls_only
         does.append(f"the last layer for position 0 only, inside {reader}" + ", in eval mode" * (cls_only == "auto"))
     return granted, "; ".join(does), None if granted else does[0]
-
-
-def may_skip_pooler(place: Place) -> bool:
-    return place.head is None and _pooler_reads(place.base) is not None
 
 
 def listen(place: Place) -> None:
@@ -190,10 +193,10 @@ def _base_of(head: nn.Module) -> nn.Module | None:
 
 def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a model without a head: make the request, from the caller's mask and what a head reads."""
-    if not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
+    if _known(base) != "Model" or not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
         return None
     kwargs = dict(kwargs)
-    request = _request(base, _argument(base, "attention_mask", args, kwargs), kwargs.pop(REQUEST, None))
+    request = _request(base, argument(base, "attention_mask", args, kwargs), kwargs.pop(REQUEST, None))
     return args, kwargs | ({REQUEST: request} if request is not None else {})
 
 
@@ -202,8 +205,8 @@ def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     base = _base_of(head)
     if base is None or not isinstance(base.encoder, FusedEncoder) or not _is_last(head, tell_of_head):
         return None
-    labels = _argument(head, "labels", args, kwargs)
-    return args, kwargs | {REQUEST: _reads_now(head, labels, _argument(head, "attention_mask", args, kwargs))}
+    labels = argument(head, "labels", args, kwargs)
+    return args, kwargs | {REQUEST: _reads_now(head, labels, argument(head, "attention_mask", args, kwargs))}
 
 
 def tell_of_sentence_transformer(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,7 +285,8 @@ def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
     return list(module._forward_pre_hooks.values())[-1] is hook
 
 
-def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a call of ``module``, however it was passed."""
     position = _positions(type(module)).get(name, len(args))
     return args[position] if position < len(args) else kwargs.get(name)
 

@@ -21,12 +21,9 @@ HEADS = {
     "ForMaskedLM": "tokens",
     "ForQuestionAnswering": "all",
 }
+FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 # Model class -> who reads its encoder's result: "pooler" and "tokens pooler" both every token and position 0.
-MODELS = {
-    f"{family}{head}": reads
-    for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
-    for head, reads in HEADS.items()
-}
+MODELS = {f"{family}{head}": reads for family in FAMILIES for head, reads in HEADS.items()}
 MODELS |= {
     "BertForNextSentencePrediction": "first",
     "BertForPreTraining": "tokens pooler",
