@@ -7,7 +7,7 @@ nothing unless the encoder is a fused one, and are functions of this module, so 
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -212,7 +212,7 @@ def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def tell_of_sentence_transformer(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
     model = _wrapped(wrapper)
-    if model is None or not args or not isinstance(args[0], dict):
+    if model is None or not args or not isinstance(args[0], Mapping):
         return None
     mask = kwargs.get("attention_mask", args[0].get("attention_mask"))
     if _known(model) == "Model":
@@ -287,12 +287,16 @@ def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
 
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An argument of a call of ``module``, however it was passed."""
-    position = _positions(type(module)).get(name, len(args))
-    return args[position] if position < len(args) else kwargs.get(name)
+    position = _position(type(module), name)
+    return args[position] if 0 <= position < len(args) else kwargs.get(name)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _position(kind: type[nn.Module], name: str) -> int:
+    """Where ``forward`` takes an argument, not counting ``self``; -1 if nowhere."""
+    return _positions(kind).get(name, -1)
+
+
 @functools.cache
 def _positions(kind: type[nn.Module]) -> dict[str, int]:
-    names = list(inspect.signature(kind.forward).parameters)[1:]
-    return {name: position for position, name in enumerate(names)}
+    return {name: position - 1 for position, name in enumerate(inspect.signature(kind.forward).parameters)}
