@@ -113,6 +113,8 @@ def reading_reason(tensor: Tensor) -> str | None:
         return cast(str, reason)
     if tensor.is_meta:
         return "it is on the meta device"
+    if torch.compiler.is_compiling():
+        return None
     if torch._C._is_tracing():
         return "torch.jit is tracing"
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():

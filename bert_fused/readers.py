@@ -5,7 +5,6 @@ class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, 
 nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -285,6 +284,10 @@ def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
     return list(module._forward_pre_hooks.values())[-1] is hook
 
 
+# Where a class's ``forward`` takes which argument, not counting ``self``.
+_positions: dict[type[nn.Module], dict[str, int]] = {}
+
+
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An argument of a call of ``module``, however it was passed."""
     position = _position(type(module), name)
@@ -293,10 +296,7 @@ def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[s
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _position(kind: type[nn.Module], name: str) -> int:
-    """Where ``forward`` takes an argument, not counting ``self``; -1 if nowhere."""
-    return _positions(kind).get(name, -1)
-
-
-@functools.cache
-def _positions(kind: type[nn.Module]) -> dict[str, int]:
-    return {name: position - 1 for position, name in enumerate(inspect.signature(kind.forward).parameters)}
+    if kind not in _positions:
+        names = inspect.signature(kind.forward).parameters
+        _positions[kind] = {name: position - 1 for position, name in enumerate(names)}
+    return _positions[kind].get(name, -1)
