@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
@@ -85,7 +84,7 @@ def _is_plain_call(encoder: nn.Module, hidden_states: Tensor, kwargs: dict[str, 
     return (
         type(hidden_states) is Tensor
         and config._attn_implementation in ("sdpa", "eager")
-        and not any(value for name, value in kwargs.items() if name not in _HARMLESS)
+        and all(value is None or value is False or name in _HARMLESS for name, value in kwargs.items())
         and not _active_collector.get()
     )
 
@@ -167,8 +166,6 @@ def _forward(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Te
 
 def layers_reason(encoder: nn.Module) -> str | None:
     """Why the layers may do something that ``_layer`` does not, or not row by row, in words, or None."""
-    if _has_any_global_hook():
-        return "hooks on all modules"
     if not len(cast(nn.ModuleList, encoder.layer)):
         return "it has no layers"
     home = getattr(type(encoder), "original", type(encoder)).__module__

@@ -67,7 +67,7 @@ class Packing:
         key, value: ``[T, heads * D]``. query: the same, or with ``firsts`` ``[B, heads * D]``, a row for each sequence,
         none of which may be empty then. The result has query's shape.
         """
-        if varlen_serves(query, dropout):
+        if varlen_serves(query, heads, dropout):
             return _varlen(self, query, key, value, heads, scale, firsts)
         attend = _by_length if query.device.type == "cpu" else _padded
         return attend(self, query, key, value, heads, scale, dropout, firsts)
@@ -119,14 +119,18 @@ def kept(mask: Tensor, shape: torch.Size, attention: str) -> Tensor | None:
     return keep[:, 0, 0] if means_that and bool((keep == keep[:, :, :1]).all()) else None
 
 
-def varlen_serves(query: Tensor, dropout: float) -> bool:
-    """Whether ``torch.nn.attention.varlen`` computes this attention."""
+def varlen_serves(query: Tensor, heads: int, dropout: float) -> bool:
+    """Whether ``torch.nn.attention.varlen``, which is flash attention, computes this attention."""
+    width = query.shape[-1] // heads
     return (
         varlen_attn is not None
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and dropout == 0
+        and width % 8 == 0
+        and width <= 256
         and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 

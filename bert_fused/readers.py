@@ -261,12 +261,14 @@ def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | 
     pooler_reads = _pooler_reads(base)
     if not isinstance(encoder, FusedEncoder) or "all" in (head_reads, pooler_reads):
         return None
-    if encoder.cls_only == "auto":
+    # Another thread may give the encoder its class back meanwhile.
+    unpad, cls_only = getattr(encoder, "unpad", False), getattr(encoder, "cls_only", False)
+    if cls_only == "auto":
         only_first = head_reads == "first" and not base.training
     else:
-        only_first = encoder.cls_only and head_reads in (None, "first", "watched")
+        only_first = cls_only and head_reads in (None, "first", "watched")
     return Request(
-        mask=mask if encoder.unpad and type(mask) is Tensor else None,
+        mask=mask if unpad and type(mask) is Tensor else None,
         needs_first=pooler_reads == "first" or head_reads in ("first", "watched"),
         only_first=only_first,
     )

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -336,7 +337,7 @@ def test_the_stand_in_has_the_signature_of_torchs_own() -> None:
 def test_attention_as_on_a_gpu(way, pattern, name, monkeypatch) -> None:
     if way == "varlen":
         monkeypatch.setattr(packing, "varlen_attn", reference_varlen)
-        monkeypatch.setattr(packing, "varlen_serves", lambda query, dropout: True)
+        monkeypatch.setattr(packing, "varlen_serves", lambda query, heads, dropout: True)
     else:
         monkeypatch.setattr(packing, "_by_length", packing._padded)
     ours, theirs = pair(name)
@@ -354,12 +355,24 @@ def test_attention_as_on_a_gpu(way, pattern, name, monkeypatch) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_varlen_serves_half_precision_on_cuda_without_dropout() -> None:
-    def tensor(dtype: torch.dtype, cuda: bool):
-        return type("Fake", (), {"dtype": dtype, "is_cuda": cuda})()
+def test_what_varlen_serves(monkeypatch) -> None:
+    def serves(dtype=torch.bfloat16, cuda=True, width=64, dropout=0.0, capability=(9, 0)) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        query = SimpleNamespace(dtype=dtype, is_cuda=cuda, shape=(5, 3 * width), device=None)
+        return packing.varlen_serves(query, 3, dropout)
 
-    for dtype in (torch.float16, torch.bfloat16):
-        assert packing.varlen_serves(tensor(dtype, True), 0.0)
-        assert not packing.varlen_serves(tensor(dtype, True), 0.1)
-        assert not packing.varlen_serves(tensor(dtype, False), 0.0)
-    assert not packing.varlen_serves(tensor(torch.float32, True), 0.0)
+    assert serves()
+    assert serves(torch.float16, capability=(8, 0))
+    assert not serves(torch.float32)
+    assert not serves(cuda=False)
+    assert not serves(dropout=0.1)
+    assert not serves(width=12)
+    assert not serves(width=264)
+    assert not serves(capability=(7, 5))
+
+
+@pytest.mark.parametrize("extra", [{"is_causal": True}, {"unheard_of": torch.ones(2)}])
+def test_arguments_that_attention_may_heed(extra) -> None:
+    ours, theirs = pair()
+    assert compare(ours, theirs, batch_of() | extra, KEEP) == []
+    assert compare(ours, theirs, batch_of() | {"num_items_in_batch": torch.tensor(3)}, KEEP) == PACKED
