@@ -105,22 +105,31 @@ def _run(
     if (packing is None and not only_first) or layers_reason(encoder) is not None:
         return None
 
-    layers: list[Any]
-    *layers, last = cast(Any, encoder.layer)
-    if packing is None:
-        for layer in layers:
-            hidden = layer(hidden, attention_mask, None, encoder_attention_mask=None, past_key_values=None, **kwargs)
-        first_row = attention_mask[:, :, :1] if attention_mask is not None else None
-        attend = functools.partial(_as_hugging_face, attention=last.attention.self, mask=first_row)
-        return _layer(last, attend, hidden, hidden[:, :1])
+    if packing is not None:
+        return _packed(encoder, hidden, packing, only_first)
+    return _dense_first(encoder, hidden, attention_mask, kwargs)
 
+
+def _packed(encoder: nn.Module, hidden: Tensor, packing: Packing, only_first: bool) -> Tensor:
+    """All layers on real tokens only: ``[B, S, H]``, or ``[B, 1, H]`` with ``only_first``."""
+    *layers, last = cast(Any, encoder.layer)
     rows = packing.pack(hidden)
     for layer in layers:
         rows = _layer(layer, packing.attend, rows, rows)
-    if only_first:
-        attend = functools.partial(packing.attend, firsts=True)
-        return packing.restore_firsts(_layer(last, attend, rows, packing.firsts(rows)))
-    return packing.restore(_layer(last, packing.attend, rows, rows))
+    if not only_first:
+        return packing.restore(_layer(last, packing.attend, rows, rows))
+    attend = functools.partial(packing.attend, firsts=True)
+    return packing.restore_firsts(_layer(last, attend, rows, packing.firsts(rows)))
+
+
+def _dense_first(encoder: nn.Module, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """Hugging Face's layers, and the last for position 0 only: ``[B, 1, H]``. mask: as its attention wants it."""
+    *layers, last = cast(Any, encoder.layer)
+    for layer in layers:
+        hidden = layer(hidden, mask, None, encoder_attention_mask=None, past_key_values=None, **kwargs)
+    first_row = mask[:, :, :1] if mask is not None else None
+    attend = functools.partial(_as_hugging_face, attention=last.attention.self, mask=first_row)
+    return _layer(last, attend, hidden, hidden[:, :1])
 
 
 def _as_hugging_face(
@@ -145,9 +154,8 @@ def _as_hugging_face(
 def _layer(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
     """A layer of which ``rows`` go on, while keys and values are those of all of ``hidden``."""
     if layer.gradient_checkpointing and layer.training:
-        return cast(
-            Tensor, layer._gradient_checkpointing_func(functools.partial(_forward, layer, attend), hidden, rows)
-        )
+        run = functools.partial(_forward, layer, attend)
+        return cast(Tensor, layer._gradient_checkpointing_func(run, hidden, rows))
     return _forward(layer, attend, hidden, rows)
 
 
