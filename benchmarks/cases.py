@@ -22,13 +22,18 @@ MODEL_SHAPES += ((32, 512, False),)
 TRITONBENCH = tuple((8192, 4 * K, K) for K in (1024, 2048, 4096, 8192))
 
 
+# Lengths of a ragged batch are log-normal, cut off at the longest: medians for a fill of about 0.5, and 0.2 and 0.9.
+RAGGED_MEDIAN, OTHER_MEDIANS = 0.35, (0.15, 1.8)
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of the report. ``M``, ``N`` and ``K`` are those of ``[M, K] @ [N, K].T``.
 
     model: whose shape it is. activation: of the module, as ``linear_act`` names it. dtype: a torch dtype, or "tf32" for
     float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences of a model's
-    batch differ in length. rivals: "standard", or "max-autotune" for the few cases that can afford to compile it.
+    batch differ in length. median: of those lengths, as a share of the longest; which fill comes of it, a record says.
+    rivals: "standard", or "max-autotune" for the few cases that can afford to compile it.
     """
 
     suite: str
@@ -42,6 +47,7 @@ class Case:
     sequence: int | None = None
     ragged: bool = False
     rivals: str = "standard"
+    median: float = RAGGED_MEDIAN
 
     def __str__(self) -> str:
         return describe(dataclasses.asdict(self))
@@ -51,9 +57,14 @@ def describe(case: dict[str, Any]) -> str:
     """One line for a case as a record holds it."""
     shape = f"M={case['M']} K={case['K']} N={case['N']}"
     if case["batch"] is not None:
-        shape = f"B={case['batch']} S={case['sequence']}" + (" ragged" if case["ragged"] else "")
+        shape = f"B={case['batch']} S={case['sequence']}" + (_lengths(case) if case["ragged"] else "")
     rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
     return f"{case['suite']} {case['model']} {shape} {case['dtype']} {case['activation']}{rivals}"
+
+
+def _lengths(case: dict[str, Any]) -> str:
+    median = case.get("median", RAGGED_MEDIAN)
+    return " ragged" + (f" median {median:g}" if median != RAGGED_MEDIAN else "")
 
 
 def cases(suites: tuple[str, ...], device: str, quick: bool) -> list[Case]:
@@ -92,6 +103,8 @@ def _on_gpu() -> Iterator[Case]:
         yield _module(model, M, suite="training")
     for shape, model in product(MODEL_SHAPES, MODELS):
         yield _model(model, *shape)
+    for median, model in product(OTHER_MEDIANS, MODELS):
+        yield dataclasses.replace(_model(model, 32, 128, True), median=median)
     for M, model in product(OTHER_ROWS, MODELS):
         yield _module(model, M)
     for sequence, batch, model in product((128, 512), BATCHES, MODELS):
@@ -121,6 +134,10 @@ def _on_cpu(quick: bool) -> Iterator[Case]:
         yield _module("MiniLM", M, "float32")
     yield _pooler("MiniLM", 8, 16, "float32")
     yield from (_model("MiniLM", 2, 16, ragged, "float32") for ragged in (False, True))
+    if not quick:
+        encoder = _model("MiniLM", 8, 128, True, "float32")
+        yield dataclasses.replace(encoder, ragged=False)
+        yield from (dataclasses.replace(encoder, median=median) for median in (RAGGED_MEDIAN, *OTHER_MEDIANS))
     yield _module("MiniLM", 32, "float32", suite="training")
     if not quick:
         for activation in ("gelu_tanh", "relu"):

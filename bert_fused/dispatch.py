@@ -106,6 +106,22 @@ def mode_reason() -> str | None:
     return None
 
 
+def reading_reason(tensor: Tensor) -> str | None:
+    """Why a tensor's values cannot be read just now, or must not decide what is computed, or None."""
+    reason = _tracer_reason()
+    if reason is not None:
+        return cast(str, reason)
+    if tensor.is_meta:
+        return "it is on the meta device"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._is_tracing():
+        return "torch.jit is tracing"
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    return None
+
+
 def is_plain(x: Any, weight: Any, bias: Any) -> bool:
     """Whether a call that nothing compiles or exports has to do with no subclass, mode, transform, tracing, autocast or
     negated tensor, and kernels are on.

@@ -10,10 +10,30 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, Literal
 
 from torch import nn
 
 _lock = threading.Lock()
+
+_MATCHED_BY_NAME = "its class is named in _no_split_modules"
+
+# Attributes that ``fuse`` gives to instances, where they are not what the class says.
+_OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of ``fuse`` and ``fused``."""
+
+    recompute_preact: bool = False
+    unpad: bool = False
+    cls_only: bool | Literal["auto"] = False
+    skip_pooler: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cls_only not in (True, False, "auto"):
+            raise ValueError(f"cls_only must be True, False or 'auto', got {self.cls_only!r}")
 
 
 @dataclass(frozen=True)
@@ -38,23 +58,39 @@ class FuseReport:
         return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
 
 
-def fuse(model: nn.Module, *, recompute_preact: bool = False) -> FuseReport:
-    """Fuse every intermediate and pooler block of a Hugging Face model, in place.
+def fuse(
+    model: nn.Module,
+    *,
+    recompute_preact: bool = False,
+    unpad: bool = False,
+    cls_only: bool | Literal["auto"] = False,
+    skip_pooler: bool = False,
+) -> FuseReport:
+    """Fuse every intermediate and pooler block of a Hugging Face model, in place, and on request its encoder.
 
     Results stay those of the model, gradients included. A module whose parts are not what they seem (an adapter, a
     hook, quantised weights, an activation without a kernel) is left alone and named in the report. If that happens
     after fusing, the module runs Hugging Face's own forward for as long as it is so: this is looked up on every call.
 
+    Options hold for every module in the report, also one fused before.
+
     Args:
         model: any ``nn.Module`` with modules of the families bert, roberta, xlm-roberta, camembert and electra inside.
         recompute_preact: train in less memory: each intermediate computes its pre-activation again in the backward pass
-            instead of keeping it (see ``linear_act``). Holds for every module in the report, also one fused before.
+            instead of keeping it (see ``linear_act``).
+        unpad: compute nothing at padding. Hidden states are zeros there; at real tokens they are the model's, and so is
+            what its head returns.
+        cls_only: compute the last layer for position 0 only. ``"auto"``: in eval mode, where a head that reads nothing
+            else calls (sequence classification, next sentence, multiple choice). ``True``: also when the model itself
+            is called, whose ``last_hidden_state`` is then ``[B, 1, H]``, for embeddings taken from position 0.
+        skip_pooler: leave out the pooler of a model without a head; ``pooler_output`` is then None.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: ``cls_only`` is something else.
     """
-    report, fused_now, fused_before = _fuse(model)
-    _set_recompute([*fused_now, *fused_before], recompute_preact)
+    report, fused_now, fused_before = _fuse(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
+    _apply([*fused_now, *fused_before])
     return report
 
 
@@ -66,70 +102,136 @@ def unfuse(model: nn.Module) -> None:
     """
     _check(model)
     _restore(model.modules())
+    readers = _readers()
+    if readers is not None:
+        readers.stop_listening(model.modules())
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module, *, recompute_preact: bool = False) -> Iterator[FuseReport]:
-    """Fuse within a ``with`` block. What was fused before stays as it was, in the block and after it.
+def fused(
+    model: nn.Module,
+    *,
+    recompute_preact: bool = False,
+    unpad: bool = False,
+    cls_only: bool | Literal["auto"] = False,
+    skip_pooler: bool = False,
+) -> Iterator[FuseReport]:
+    """Fuse within a ``with`` block, as ``fuse`` does. What was fused before stays as it was, in the block and after it.
 
     The block is the model's, not the thread's: leaving it unfuses the model for every thread that calls it.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: ``cls_only`` is neither a bool nor ``"auto"``.
     """
-    report, fused_now, _ = _fuse(model)
-    _set_recompute(fused_now, recompute_preact)
+    report, fused_now, _ = _fuse(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
+    _apply(fused_now)
     try:
         yield report
     finally:
-        _restore(fused_now)
+        _restore(change.module for change in fused_now)
+        for change in fused_now:
+            if change.place is not None:
+                _readers().stop_listening(module for module, _ in change.place.listeners)
 
 
-def _fuse(model: nn.Module) -> tuple[FuseReport, list[nn.Module], list[nn.Module]]:
-    """The report, the modules that this call fused, and those of the report that were fused before."""
+@dataclass(frozen=True)
+class _Change:
+    """A module, the class it is to have, and its options. place: where an encoder is (``readers.Place``)."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    options: dict[str, Any]
+    place: Any = None
+
+
+def _apply(changes: Iterable[_Change]) -> None:
+    with _lock:
+        for change in changes:
+            for name in _OPTIONS:
+                change.module.__dict__.pop(name, None)
+            change.module.__dict__.update(change.options)
+            change.module.__class__ = change.kind
+            if change.place is not None:
+                _readers().listen(change.place)
+
+
+@dataclass
+class _Plan:
+    """What a report will say, and what is to change in modules that are not fused yet and in those that are."""
+
+    fused: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    now: list[_Change] = field(default_factory=list)
+    before: list[_Change] = field(default_factory=list)
+
+    def fuse(self, name: str, path: str, change: _Change, already: Any) -> None:
+        self.fused.append(name)
+        self.paths[name] = path
+        (self.before if already else self.now).append(change)
+
+
+def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
+    """The report, and what is to change in modules that are not fused yet and in those that are."""
     _check(model)
-    modules = _modules()
+    modules, readers = _modules(), _readers()
     if modules is None:
         return FuseReport((), {"": "transformers is not installed"}), [], []
 
-    names: list[str] = []
-    skipped: dict[str, str] = {}
-    paths: dict[str, str] = {}
-    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-    fused_before: list[nn.Module] = []
+    plan = _Plan()
+    places = list(readers.places(model)) if readers is not None else []
+    unread = {id(place.pooler) for place in places if place.head is None and options.skip_pooler}
     with _lock:
         matched_by_name = _names_others_match(model)
-        for name, module in model.named_modules():
-            already = modules.original_class(module)
-            target = type(module) if already else modules.fused_class(type(module))
-            if target is None:
-                continue
-            reason = modules.step_aside_reason(module)
-            if reason is None and type(module).__name__ in matched_by_name:
-                reason = "its class is named in _no_split_modules"
-            if reason is not None:
-                skipped[name] = reason
-                continue
-            if already:
-                fused_before.append(module)
-            else:
-                swapped.append((module, target))
-            names.append(name)
-            paths[name] = modules.path_of(module)
-        for module, target in swapped:
-            module.__class__ = target
-    if not names and not skipped:
-        families = "bert, roberta, xlm-roberta, camembert, electra"
-        skipped[""] = f"{type(model).__name__} holds no intermediate or pooler module of the families {families}"
-    return FuseReport(tuple(names), skipped, paths), [module for module, _ in swapped], fused_before
+        _plan_blocks(plan, model, options, matched_by_name, unread)
+        for place in places:
+            pools = place.pooler is not None and id(place.pooler) not in unread
+            _plan_encoder(plan, place, options, matched_by_name, pools)
+    holds_no = f"{type(model).__name__} holds no"
+    families = "of the families bert, roberta, xlm-roberta, camembert, electra"
+    if (options.unpad or options.cls_only) and not places:
+        plan.skipped[""] = f"{holds_no} whole model {families}, so no encoder is fused"
+    elif not plan.fused and not plan.skipped:
+        plan.skipped[""] = f"{holds_no} intermediate or pooler module {families}"
+    return FuseReport(tuple(plan.fused), plan.skipped, plan.paths), plan.now, plan.before
 
 
-def _set_recompute(modules: Iterable[nn.Module], recompute_preact: bool) -> None:
-    for module in modules:
-        if recompute_preact:
-            module.recompute_preact = True  # type: ignore[assignment]
-        else:
-            module.__dict__.pop("recompute_preact", None)
+def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
+    """Intermediates and poolers. unread: ids of the poolers to skip."""
+    modules: Any = _modules()
+    for name, module in model.named_modules():
+        already = modules.original_class(module)
+        target = modules.fused_class(already or type(module))
+        if target is None:
+            continue
+        reason = modules.step_aside_reason(module)
+        if reason is None and type(module).__name__ in matched_by_name:
+            reason = _MATCHED_BY_NAME
+        if reason is not None:
+            plan.skipped[name] = reason
+            continue
+        settings = {"recompute_preact": True} if options.recompute_preact else {}
+        path = modules.path_of(module)
+        if id(module) in unread:
+            settings["skip"], path = True, "left out on request"
+        plan.fuse(name, path, _Change(module, target, settings), already)
+
+
+def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: set[str], pools: bool) -> None:
+    """An encoder at a ``readers.Place``. pools: a pooler reads its result."""
+    modules: Any = _modules()
+    already = modules.original_class(place.encoder)
+    settings, does, reason = _readers().settings(place, options.unpad, options.cls_only, pools)
+    if settings and type(place.encoder).__name__ in matched_by_name:
+        settings, reason = {}, _MATCHED_BY_NAME
+    if settings:
+        target = modules.fused_encoder_class(already or type(place.encoder))
+        plan.fuse(place.name, does, _Change(place.encoder, target, settings, place), already)
+    elif reason is not None:
+        plan.skipped[place.name] = reason
+    elif already:
+        plan.before.append(_Change(place.encoder, already, {}))
 
 
 def _names_others_match(model: nn.Module) -> set[str]:
@@ -145,15 +247,16 @@ def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuse within a ``with`` block, then fuse the same modules again."""
     modules = _modules()
     was_fused = [module for module in model.modules() if modules and modules.original_class(module)]
-    before = [(type(module), module.__dict__.get("recompute_preact", False)) for module in was_fused]
+    before = [_Change(module, type(module), _options_of(module)) for module in was_fused]
     _restore(was_fused)
     try:
         yield
     finally:
-        with _lock:
-            for module, (kind, recompute_preact) in zip(was_fused, before, strict=True):
-                _set_recompute([module], recompute_preact)
-                module.__class__ = kind
+        _apply(before)
+
+
+def _options_of(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
 
 
 def _restore(candidates: Iterable[nn.Module]) -> None:
@@ -165,7 +268,8 @@ def _restore(candidates: Iterable[nn.Module]) -> None:
             original = modules.original_class(module)
             if original is not None:
                 module.__class__ = original
-                module.__dict__.pop("recompute_preact", None)
+                for name in _OPTIONS:
+                    module.__dict__.pop(name, None)
 
 
 def _modules() -> ModuleType | None:
@@ -173,6 +277,13 @@ def _modules() -> ModuleType | None:
     if importlib.util.find_spec("transformers") is None:
         return None
     return importlib.import_module("bert_fused.modules")
+
+
+def _readers() -> Any:
+    """``bert_fused.readers``, or None without transformers or with one whose models capture outputs in another way."""
+    if _modules() is None or importlib.util.find_spec("transformers.utils.output_capturing") is None:
+        return None
+    return importlib.import_module("bert_fused.readers")
 
 
 def _check(model: nn.Module) -> None:

@@ -18,20 +18,18 @@ from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from .dispatch import device_reason, tensor_reason
+from .families import PREFIXES
+from .genuine import UNKNOWN, class_is_patched, forwards, hook_reason
 from .ops import cls_pool, linear_act
 
 # Class name -> the module of transformers that defines it.
 ORIGINALS = {
-    f"{prefix}{kind}": f"transformers.models.{family}.modeling_{family}"
-    for family, prefix, kinds in (
-        ("bert", "Bert", ("Intermediate", "Pooler")),
-        ("roberta", "Roberta", ("Intermediate", "Pooler")),
-        ("xlm_roberta", "XLMRoberta", ("Intermediate", "Pooler")),
-        ("camembert", "Camembert", ("Intermediate", "Pooler")),
-        ("electra", "Electra", ("Intermediate",)),
-    )
-    for kind in kinds
+    f"{prefix}{kind}": home
+    for home, prefix in PREFIXES.items()
+    for kind in ("Intermediate", "Pooler")
+    if f"{prefix}{kind}" != "ElectraPooler"  # ELECTRA has none
 }
+ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
 
 _ACTIVATION_OF_TYPE = {
     hf.FastGELUActivation: "gelu_tanh",
@@ -61,7 +59,7 @@ def activation_name(function: Any) -> str | None:
         except TypeError:  # unhashable
             return None
     kind = type(function)
-    if _hook_reason(function) is not None or _class_is_patched(kind):
+    if hook_reason(function) is not None or class_is_patched(kind):
         return None
     if kind is hf.GELUActivation:
         return "gelu" if function.act is F.gelu or function.act == function._gelu_python else None
@@ -84,43 +82,10 @@ def linear_reason(linear: Any) -> str | None:
     """Why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None if it cannot."""
     if type(linear) is not nn.Linear:
         return f"its dense layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
-    if _class_is_patched(nn.Linear):
+    if class_is_patched(nn.Linear):
         return "nn.Linear.forward was replaced"
-    reason = _hook_reason(linear)
+    reason = hook_reason(linear)
     return f"its dense layer has {reason}" if reason is not None else None
-
-
-# The ``forward`` of each class that was found to be its own file's: reading its code in every call takes a microsecond.
-_genuine: dict[type[nn.Module], Any] = {}
-_UNKNOWN = object()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _class_is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's ``forward`` is no longer the code of the file that defines the class."""
-    forward = kind.forward
-    if forward is _genuine.get(kind, _UNKNOWN):
-        return False
-    code = getattr(forward, "__code__", None)
-    if code is None or code.co_filename != sys.modules[kind.__module__].__file__:
-        return True
-    _genuine[kind] = forward
-    return False
-
-
-def _hook_reason(module: nn.Module) -> str | None:
-    attributes = module.__dict__
-    if "forward" in attributes or "_hf_hook" in attributes:
-        return "a forward of its own"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    ):
-        return "hooks"
-    return None
 
 
 def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
@@ -142,7 +107,7 @@ def step_aside_reason(module: nn.Module) -> str | None:
     """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    if _class_is_patched(original_class(module) or type(module)):
+    if class_is_patched(original_class(module) or type(module)):
         return "its class's forward was replaced"
     dense = getattr(module, "dense", None)
     reason = linear_reason(dense)
@@ -187,7 +152,7 @@ def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden
 
     Looks at what can change between calls; ``linear_act`` looks at the tensors.
     """
-    if type(hidden_states) is not Tensor or _class_is_patched(original):
+    if type(hidden_states) is not Tensor or class_is_patched(original):
         return None
     kind = type(function)
     if (
@@ -208,7 +173,7 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module of class ``kind`` is known to run that class's own forward, global hooks aside."""
     attributes = module.__dict__
     return not (
-        kind.forward is not _genuine.get(kind, _UNKNOWN)
+        kind.forward is not forwards.get(kind, UNKNOWN)
         or attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
@@ -237,8 +202,12 @@ class _FusedIntermediate(nn.Module):
 class _FusedPooler(nn.Module):
     original: type[nn.Module]
     recompute_preact = False
+    # Whether nobody reads the pooled output, so that it need not be computed. Set by ``fuse``, like the above.
+    skip = False
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor | None:
+        if "skip" in self.__dict__:
+            return None
         original = _original_now(self)
         function, dense, weight, bias = _parts(self, "activation")
         activation = _activation_now(original, function, dense, hidden_states)
@@ -262,8 +231,17 @@ class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
 
 
 def fused_class(original: type) -> type[nn.Module] | None:
-    """The fused counterpart of a class of transformers; None if there is none, or if it is not the class itself."""
-    if ORIGINALS.get(original.__name__) != original.__module__:
+    """The fused counterpart of a block of transformers; None if there is none, or if it is not the class itself."""
+    return _counterpart(original, ORIGINALS)
+
+
+def fused_encoder_class(original: type) -> type[nn.Module] | None:
+    """The same for an encoder."""
+    return _counterpart(original, ENCODERS)
+
+
+def _counterpart(original: type, originals: dict[str, str]) -> type[nn.Module] | None:
+    if originals.get(original.__name__) != original.__module__:
         return None
     return cast(type[nn.Module], getattr(sys.modules[__name__], f"Fused{original.__name__}"))
 
@@ -276,16 +254,23 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """Make the fused counterpart of a class in ``ORIGINALS``. Unpickling a fused module comes here as well."""
+    """Make the fused counterpart of a class of transformers. Unpickling a fused module comes here as well."""
     original_name = name.removeprefix("Fused")
-    if name == original_name or original_name not in ORIGINALS:
+    home = (ORIGINALS | ENCODERS).get(original_name)
+    if name == original_name or home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    original = getattr(importlib.import_module(ORIGINALS[original_name]), original_name)
-    mixin = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
+    original = getattr(importlib.import_module(home), original_name)
+    mixin: type[nn.Module] = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
+    does = "in one kernel"
+    if original_name in ENCODERS:
+        # Imported here because it needs parts of transformers that the fused modules do without.
+        from .encoder import FusedEncoder as mixin
+
+        does = "without work that nobody reads"
     made = type(
         name,
         (mixin, original),
-        {"__module__": __name__, "__doc__": f"``{original_name}`` in one kernel.", "original": original},
+        {"__module__": __name__, "__doc__": f"``{original_name}`` {does}.", "original": original},
     )
     # Two threads may both get here; all must see the class that came first.
     return cast(type[nn.Module], globals().setdefault(name, made))

@@ -34,6 +34,9 @@ class Verification:
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     """Call ``model(*args, **kwargs)`` fused and unfused and compare every floating-point output.
 
+    Of a model fused with ``unpad`` or ``cls_only``, what both compute is compared: per token, the tokens that the
+    caller's ``[B, S]`` attention mask keeps; of a last layer for position 0 only, that one.
+
     Both calls run in eval mode without gradients, on copies of the arguments and from the same random state. The
     training mode of every module, the random state and what is fused are as before afterwards.
 
@@ -50,7 +53,8 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
                 theirs = _outputs(model, args, kwargs)
     if not theirs:
         raise ValueError("nothing to verify: the model returned no floating-point tensor")
-    pairs = list(zip(ours, theirs, strict=True))
+    keep = _real_tokens(model, args, kwargs)
+    pairs = [_comparable(mine, other, keep) for mine, other in zip(ours, theirs, strict=True)]
     return Verification(
         max_abs_error=max(_max_abs_error(mine, other) for mine, other in pairs),
         cosine=min(_cosine(mine, other) for mine, other in pairs),
@@ -69,6 +73,25 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         # Cloned, since a model may return the same buffer every time.
         return [tensor.clone() for tensor in _tensors(model(*args, **kwargs))]
+
+
+def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The real tokens, bool ``[B, S]``, if the model leaves out the others."""
+    if not any(getattr(module, "unpad", False) for module in model.modules()):
+        return None
+    from .readers import argument
+
+    mask = argument(model, "attention_mask", args, kwargs)
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    if mine.dim() == other.dim() == 3 and mine.shape[1] == 1 < other.shape[1]:
+        return mine, other[:, :1]
+    if keep is not None and mine.dim() >= 2 and mine.shape[:2] == keep.shape:
+        keep = keep.to(mine.device)
+        return mine[keep], other[keep]
+    return mine, other
 
 
 def _max_abs_error(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,63 @@
+"""Whether a module does what its class's source says: no replaced ``forward``, nobody's hooks."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+UNKNOWN = object()
+# The ``forward`` of each class that was found to be its own file's: reading its code in every call takes a microsecond.
+forwards: dict[type[nn.Module], Any] = {}
+
+# Its hooks stay on layers for good once hidden states were asked for, and do nothing unless they are asked for again.
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def class_is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a class's ``forward``, less decorators of its own package, is not code of the file that defines it."""
+    forward = kind.forward
+    if forward is forwards.get(kind, UNKNOWN):
+        return False
+    package = os.path.dirname(str(sys.modules[kind.__module__.partition(".")[0]].__file__))
+    function: Any = forward
+    while hasattr(function, "__wrapped__") and _file_of(function).startswith(package + os.sep):
+        function = function.__wrapped__
+    if _file_of(function) != sys.modules[kind.__module__].__file__:
+        return True
+    forwards[kind] = forward
+    return False
+
+
+def _file_of(function: Any) -> str:
+    code = getattr(function, "__code__", None)
+    return str(code.co_filename) if code is not None else ""
+
+
+def hook_reason(module: nn.Module) -> str | None:
+    """Why calling ``module`` may not be its class's ``forward``, in words, or None."""
+    attributes = module.__dict__
+    if "forward" in attributes or "_hf_hook" in attributes:
+        return "a forward of its own"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    ):
+        return "hooks"
+    return None
+
+
+def watch_reason(module: nn.Module, ours: tuple[Any, ...] = ()) -> str | None:
+    """As ``hook_reason``, but for hooks in ``ours`` and those that transformers left behind."""
+    reason = hook_reason(module)
+    if reason != "hooks" or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
+        return reason
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    strangers = [hook for hook in hooks if hook not in ours and getattr(hook, "__module__", None) != _CAPTURING]
+    return reason if strangers else None

@@ -1,0 +1,189 @@
+"""The real tokens of a padded batch as rows of one matrix, ``[T, H]``, and attention over them."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older than torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which rows of ``[B * S]`` are real tokens, sequence by sequence, the longest first.
+
+    index: ``[T]``, int64, their positions in the flattened batch.
+    order: ``[B]``, int64, the sequences of the batch in the order in which they are packed.
+    starts: ``[B + 1]``, int32, where each begins among the ``T`` rows, and ``T``.
+    keep: ``[B, S]``, bool.
+    runs: (count, length) of neighbouring sequences of one length. Only on a CPU: elsewhere reading them would wait for
+        the device.
+    """
+
+    index: Tensor
+    order: Tensor
+    starts: Tensor
+    keep: Tensor
+    runs: tuple[tuple[int, int], ...]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """``[B, S, H]`` to ``[T, H]``."""
+        rows: Tensor = padded.flatten(0, 1).index_select(0, self.index)
+        return rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """``[T, H]`` to ``[B, S, H]``, zeros at padding."""
+        batch, sequence = self.keep.shape
+        padded = rows.new_zeros(batch * sequence, rows.shape[-1]).index_copy(0, self.index, rows)
+        return padded.view(batch, sequence, -1)
+
+    def firsts(self, rows: Tensor) -> Tensor:
+        """The first token of each sequence: ``[T, H]`` to ``[B, H]``, in packed order."""
+        return rows.index_select(0, self.starts[:-1])
+
+    def restore_firsts(self, rows: Tensor) -> Tensor:
+        """``[B, H]`` in packed order to ``[B, 1, H]``."""
+        return torch.zeros_like(rows).index_copy(0, self.order, rows).unsqueeze(1)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        heads: int,
+        scale: float,
+        dropout: float = 0.0,
+        firsts: bool = False,
+    ) -> Tensor:
+        """Attention within each sequence.
+
+        key, value: ``[T, heads * D]``. query: the same, or with ``firsts`` ``[B, heads * D]``, a row for each sequence,
+        none of which may be empty then. The result has query's shape.
+        """
+        if varlen_serves(query, heads, dropout):
+            return _varlen(self, query, key, value, heads, scale, firsts)
+        attend = _by_length if query.device.type == "cpu" else _padded
+        return attend(self, query, key, value, heads, scale, dropout, firsts)
+
+
+# Packing reads how many tokens there are, so torch.compile must break its graph here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def packing_of(keep: Tensor, *, needs_first: bool) -> Packing | None:
+    """How to pack a batch, or None if it is better not packed, or must not be.
+
+    keep: ``[B, S]``, bool, the real tokens. needs_first: somebody reads position 0 even where it is padding.
+    """
+    if keep.numel() == 0:
+        return None
+    lengths = keep.sum(1)
+    tokens, firsts = torch.stack((lengths.sum(), keep[:, 0].sum())).tolist()
+    if tokens in (0, keep.numel()) or (needs_first and firsts < len(keep)):
+        return None
+    lengths, order = lengths.sort(descending=True, stable=True)
+    rows, columns = keep[order].nonzero(as_tuple=True)
+    starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+    runs = _runs(lengths.tolist()) if keep.device.type == "cpu" else ()
+    return Packing(order[rows] * keep.shape[1] + columns, order, starts, keep, runs)
+
+
+def _runs(lengths: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((len(list(run)), length) for length, run in itertools.groupby(lengths) if length)
+
+
+def kept(mask: Tensor, shape: torch.Size, attention: str) -> Tensor | None:
+    """The real tokens, bool ``[B, S]``, that a caller's mask leaves; None if it says more or anything else than that.
+
+    mask: ``[B, S]``, where nonzero is real, or ``[B, 1, 1 or S, S]`` as ``attention`` ("sdpa" or "eager") understands
+    it: bool, or added to the scores. Every query must see the same keys then.
+    """
+    batch, sequence = shape
+    if mask.dim() == 2:
+        return mask.bool() if mask.shape == shape else None
+    if mask.dim() != 4 or mask.shape not in ((batch, 1, 1, sequence), (batch, 1, sequence, sequence)):
+        return None
+    if mask.dtype is torch.bool and attention == "sdpa":
+        keep, means_that = mask, True
+    elif mask.is_floating_point():
+        keep = mask == 0
+        dropped = (mask == float("-inf")) | (mask == torch.finfo(mask.dtype).min)
+        means_that = bool((keep | dropped).all())
+    else:  # eager attention adds a bool mask to the scores
+        return None
+    return keep[:, 0, 0] if means_that and bool((keep == keep[:, :, :1]).all()) else None
+
+
+def varlen_serves(query: Tensor, heads: int, dropout: float) -> bool:
+    """Whether ``torch.nn.attention.varlen``, which is flash attention, computes this attention."""
+    width = query.shape[-1] // heads
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and dropout == 0
+        and width % 8 == 0
+        and width <= 256
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, firsts: bool
+) -> Tensor:
+    # The longest sequence is at most S long; the very number would have to be waited for.
+    batch, longest = packing.keep.shape
+    starts, per_query = packing.starts, longest
+    if firsts:
+        starts, per_query = torch.arange(batch + 1, dtype=torch.int32, device=query.device), 1
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (query, key, value))
+    out: Any = varlen_attn(q, k, v, starts, packing.starts, per_query, longest, scale=scale)
+    return cast(Tensor, out.flatten(-2))
+
+
+# The lengths differ from batch to batch: traced, each would be compiled for.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _by_length(
+    packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, dropout: float, firsts: bool
+) -> Tensor:
+    """One call for each length: sequences of one length lie side by side and need neither a copy nor a mask."""
+    tokens = [count * length for count, length in packing.runs]
+    queries = [count for count, _ in packing.runs] if firsts else tokens
+    pieces = []
+    for (count, _), *qkv in zip(
+        packing.runs, query.split(queries), key.split(tokens), value.split(tokens), strict=True
+    ):
+        q, k, v = (t.unflatten(0, (count, -1)) for t in qkv)
+        pieces.append(_sdpa(q, k, v, heads, scale, dropout).flatten(0, 1))
+    return torch.cat(pieces)
+
+
+def _padded(
+    packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, dropout: float, firsts: bool
+) -> Tensor:
+    """One call with padding and a mask, for devices on which a call for each length would cost more to launch."""
+    q = packing.restore_firsts(query) if firsts else packing.restore(query)
+    k, v, mask = packing.restore(key), packing.restore(value), packing.keep[:, None, None, :]
+    out = _sdpa(q, k, v, heads, scale, dropout, mask)
+    return out[packing.order, 0] if firsts else packing.pack(out)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    scale: float,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention over ``[N, S, heads * D]``; the result has query's shape."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out.transpose(1, 2).flatten(-2)

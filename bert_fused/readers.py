@@ -1,0 +1,304 @@
+"""Who reads what of an encoder's result, and the hooks that tell the encoder in every call. Needs transformers.
+
+The modules between the caller and the encoder are never swapped: transformers, accelerate and FSDP find models by their
+class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, which every model passes on. They do
+nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .encoder import REQUEST, CLSOnly, FusedEncoder, Request, layers_reason
+from .families import PREFIXES
+from .genuine import class_is_patched, watch_reason
+
+# "first": position 0, through the pooler or a classification head. "watched": the same, while somebody's hooks see the
+# rest. "tokens": every position, each for itself, so that what is at padding stays there. "all": padding too has a say
+# in what is returned.
+Reads = Literal["first", "watched", "tokens", "all"]
+_READS: dict[str, Reads] = {
+    "ForSequenceClassification": "first",
+    "ForNextSentencePrediction": "first",
+    "ForMultipleChoice": "first",
+    "ForMaskedLM": "tokens",
+    "ForTokenClassification": "tokens",
+    "ForPreTraining": "tokens",
+    "ForQuestionAnswering": "all",
+    "ForCausalLM": "all",
+    "LMHeadModel": "all",
+}
+# What a cross entropy of transformers' heads leaves out.
+_IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Place:
+    """An encoder in a model.
+
+    name: as in ``model.named_modules()``. base: the model that holds it. head: the model with a head around that one.
+    listeners: each module that passes a call on, and the hook it needs. reason: why the encoder must be left alone.
+    """
+
+    name: str
+    encoder: nn.Module
+    base: nn.Module
+    head: nn.Module | None
+    listeners: tuple[tuple[nn.Module, Callable[..., Any]], ...]
+    reason: str | None
+
+    @property
+    def pooler(self) -> nn.Module | None:
+        return getattr(self.base, "pooler", None)
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every encoder of a supported family in ``model`` whose model is in there as well."""
+    modules = dict(model.named_modules())
+    for name, base in modules.items():
+        if _known(base) != "Model":
+            continue
+        above = [modules[outer] for outer in _outer(name)]
+        heads = [module for module in above if isinstance(module, PreTrainedModel)]
+        head = heads[0] if heads else None
+        listeners: list[tuple[nn.Module, Callable[..., Any]]] = [(base, tell_of_base)]
+        if head is not None:
+            listeners.append((head, tell_of_head))
+        listeners += [(module, tell_of_sentence_transformer) for module in above if _wrapped(module) is not None]
+        encoder = cast(nn.Module, base.encoder)
+        yield Place(
+            f"{name}.encoder" if name else "encoder", encoder, base, head, tuple(listeners), _reason(base, heads)
+        )
+
+
+def _outer(name: str) -> list[str]:
+    """Names of the modules around a module, the nearest first."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
+    config: Any = base.config
+    if not isinstance(base.encoder, FusedEncoder) and _known(base.encoder) != "Encoder":
+        return f"it is a {type(base.encoder).__name__} of another kind"
+    if config.is_decoder or config.add_cross_attention:
+        return "it is a decoder"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        return f"its attention has {config.position_embedding_type} position embeddings"
+    if len(heads) > 1 or (heads and (reads_of(heads[0]) is None or _base_of(heads[0]) is not base)):
+        return f"what {type(heads[-1]).__name__} reads of it is not known"
+    if heads and reads_of(heads[0]) == "all":
+        return f"{type(heads[0]).__name__} reads padded positions"
+    if not heads and _pooler_reads(base) == "all":
+        return "what its pooler reads is not known"
+    return None
+
+
+def settings(place: Place, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[dict[str, Any], str, str | None]:
+    """What of the wishes can be granted: an encoder's attributes, what it does in words, or why it is left alone.
+
+    pools: whether there is a pooler that will not be skipped.
+    """
+    if not unpad and not cls_only:
+        return {}, "", None
+    reason = place.reason or layers_reason(place.encoder)
+    if reason is not None:
+        return {}, "", reason
+    reads = reads_of(place.head) if place.head is not None else None
+    reader = type(place.head or place.base).__name__
+    granted: dict[str, Any] = {}
+    does = []
+    if unpad:
+        granted["unpad"] = True
+        does.append("no work on padding")
+        if reads == "first" or pools:
+            does.append("dense where position 0 of a sequence is padding, since it is read")
+    if cls_only and reads == "tokens":
+        does.append(f"the whole last layer, since {reader} reads every position")
+    elif cls_only == "auto" and reads is None:
+        does.append("the whole last layer, since who reads it is not known")
+    elif cls_only:
+        granted["cls_only"] = cls_only
+        does.append(f"the last layer for position 0 only, inside {reader}" + ", in eval mode" * (cls_only == "auto"))
+    return granted, "; ".join(does), None if granted else does[0]
+
+
+def listen(place: Place) -> None:
+    """Give every module on the way to an encoder its hook, once."""
+    for module, hook in place.listeners:
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def stop_listening(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook in OURS:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def reads_of(head: nn.Module) -> Reads | None:
+    """What a model with a head reads of the encoder's result; None if it is not one of transformers' own."""
+    kind = _known(head)
+    reads = _READS.get(kind) if kind is not None else None
+    if reads is None:
+        return None
+    base = _base_of(head)
+    if base is None:
+        return "all"
+    reader = getattr(head, "classifier", None)
+    summary: Any = getattr(head, "sequence_summary", None)
+    if kind == "ForSequenceClassification" and getattr(base, "pooler", None) is None:
+        return "first" if _known(reader) == "ClassificationHead" and not _replaced(reader) else "all"
+    if kind == "ForMultipleChoice" and summary is not None:
+        return "first" if summary.summary_type == "first" else "all"
+    return "all" if _pooler_reads(base) == "all" else reads
+
+
+def _pooler_reads(base: nn.Module) -> Reads | None:
+    """What a model's pooler reads of the encoder's result; None where there is no pooler, or it is skipped."""
+    pooler = getattr(base, "pooler", None)
+    if pooler is None or getattr(pooler, "skip", False):
+        return None
+    return "first" if _known(pooler) == "Pooler" and not _replaced(pooler) else "all"
+
+
+def _known(module: Any) -> str | None:
+    """The name, less the family's prefix, of the class of transformers whose ``forward`` a module runs; else None."""
+    kind: Any = type(module)
+    for original in kind.__mro__:
+        prefix = PREFIXES.get(original.__module__)
+        if prefix is not None:
+            ours = kind.__module__.startswith("bert_fused.")
+            same = (kind.forward is original.forward or ours) and not class_is_patched(original)
+            return original.__name__.removeprefix(prefix) if same else None
+    return None
+
+
+def _replaced(module: Any) -> bool:
+    return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+
+
+def _base_of(head: nn.Module) -> nn.Module | None:
+    base = getattr(head, cast(str, head.base_model_prefix), None)
+    return base if _known(base) == "Model" else None
+
+
+def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a model without a head: make the request, from the caller's mask and what a head reads."""
+    if _known(base) != "Model" or not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
+        return None
+    kwargs = dict(kwargs)
+    request = _request(base, argument(base, "attention_mask", args, kwargs), kwargs.pop(REQUEST, None))
+    return args, kwargs | ({REQUEST: request} if request is not None else {})
+
+
+def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a model with a head: say what it reads. ``tell_of_base`` makes a request of it."""
+    base = _base_of(head)
+    if base is None or not isinstance(base.encoder, FusedEncoder) or not _is_last(head, tell_of_head):
+        return None
+    labels = argument(head, "labels", args, kwargs)
+    return args, kwargs | {REQUEST: _reads_now(head, labels, argument(head, "attention_mask", args, kwargs))}
+
+
+def tell_of_sentence_transformer(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
+    model = _wrapped(wrapper)
+    if model is None or not args or not isinstance(args[0], Mapping):
+        return None
+    mask = kwargs.get("attention_mask", args[0].get("attention_mask"))
+    if _known(model) == "Model":
+        request = _request(model, mask, None)
+        return (args, kwargs | {REQUEST: request}) if request is not None else None
+    base = _base_of(model)
+    if base is None or not isinstance(base.encoder, FusedEncoder):
+        return None
+    return args, kwargs | {REQUEST: _reads_now(model, None, mask)}
+
+
+OURS = (tell_of_base, tell_of_head, tell_of_sentence_transformer)
+
+
+def _wrapped(module: nn.Module) -> Any:
+    """The model in sentence-transformers' Transformer."""
+    if not type(module).__module__.startswith("sentence_transformers."):
+        return None
+    model = getattr(module, "auto_model", None)
+    return model if isinstance(model, PreTrainedModel) else None
+
+
+def _reads_now(head: nn.Module, labels: Any, mask: Any) -> Reads:
+    """What a head reads in this call: a loss over labels at padding reads padding."""
+    reads = reads_of(head) or "all"
+    if reads == "first" and _is_watched(head):
+        return "watched"
+    if reads != "tokens" or labels is None or mask is None or not _has_token_loss(head):
+        return reads
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != labels.shape:
+        return "all"
+    return "all" if _any_label_at_padding(labels, mask.to(labels.device)) else "tokens"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _any_label_at_padding(labels: Tensor, mask: Tensor) -> bool:
+    return bool(((labels != _IGNORED_LABEL) & (mask == 0)).any())
+
+
+def _has_token_loss(head: nn.Module) -> bool:
+    # ELECTRA's discriminator leaves padding out of its loss by itself.
+    return not hasattr(head, "discriminator_predictions")
+
+
+def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | None:
+    encoder = base.encoder
+    pooler_reads = _pooler_reads(base)
+    if not isinstance(encoder, FusedEncoder) or "all" in (head_reads, pooler_reads):
+        return None
+    # Another thread may give the encoder its class back meanwhile.
+    unpad, cls_only = getattr(encoder, "unpad", False), getattr(encoder, "cls_only", False)
+    if cls_only == "auto":
+        only_first = head_reads == "first" and not base.training
+    else:
+        only_first = cls_only and head_reads in (None, "first", "watched")
+    return Request(
+        mask=mask if unpad and type(mask) is Tensor else None,
+        needs_first=pooler_reads == "first" or head_reads in ("first", "watched"),
+        only_first=only_first,
+    )
+
+
+def _is_watched(head: nn.Module) -> bool:
+    """Whether somebody's hooks would see how many positions the encoder's result has."""
+    base: Any = _base_of(head)
+    seers = (base, base.encoder, getattr(base, "pooler", None), getattr(head, "classifier", None))
+    return any(watch_reason(module, OURS) is not None for module in seers if module is not None)
+
+
+def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Whether no later pre-hook can change the arguments that ``hook`` has seen."""
+    return list(module._forward_pre_hooks.values())[-1] is hook
+
+
+# Where a class's ``forward`` takes which argument, not counting ``self``.
+_positions: dict[type[nn.Module], dict[str, int]] = {}
+
+
+def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a call of ``module``, however it was passed."""
+    position = _position(type(module), name)
+    return args[position] if 0 <= position < len(args) else kwargs.get(name)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _position(kind: type[nn.Module], name: str) -> int:
+    if kind not in _positions:
+        names = inspect.signature(kind.forward).parameters
+        _positions[kind] = {name: position - 1 for position, name in enumerate(names)}
+    return _positions[kind].get(name, -1)

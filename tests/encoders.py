@@ -1,0 +1,96 @@
+"""Models of every supported family with every head, masks of every kind, and a watch over what an encoder computed."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from models import SIZES
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bert_fused import encoder as fused_encoder
+
+HEADS = {
+    "Model": "pooler",
+    "ForSequenceClassification": "first",
+    "ForMultipleChoice": "first",
+    "ForTokenClassification": "tokens",
+    "ForMaskedLM": "tokens",
+    "ForQuestionAnswering": "all",
+}
+FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+# Model class -> who reads its encoder's result: "pooler" and "tokens pooler" both every token and position 0.
+MODELS = {f"{family}{head}": reads for family in FAMILIES for head, reads in HEADS.items()}
+MODELS |= {
+    "BertForNextSentencePrediction": "first",
+    "BertForPreTraining": "tokens pooler",
+    "ElectraForPreTraining": "tokens",
+    "ElectraModel": "tokens",
+}
+
+
+def build(name: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+    """A tiny model in eval mode whose weights, biases among them, are not those of a fresh one."""
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    no_dropout = {"summary_last_dropout": 0.0} if name == "ElectraForMultipleChoice" else {}
+    config = kind.config_class(**(SIZES | no_dropout | changes))
+    model = kind._from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def mask_of(pattern: str) -> Tensor:
+    """``[4, 7]``; the first sequence is full, except where said."""
+    rows = {
+        "none": ("1111111", "1111111", "1111111", "1111111"),
+        "right": ("1111111", "1110000", "1111000", "1110000"),
+        "left": ("1111111", "0001111", "0111111", "0001111"),
+        "interior": ("1111111", "1010110", "1100011", "1001001"),
+        "single": ("1111111", "1000000", "1000000", "1111110"),
+        "empty row": ("1111111", "0000000", "1110000", "1000000"),
+        "empty first": ("0000000", "1110000", "1111111", "0000000"),
+        "nothing": ("0000000", "0000000", "0000000", "0000000"),
+    }[pattern]
+    return torch.tensor([[int(digit) for digit in row] for row in rows])
+
+
+PATTERNS = ("none", "right", "left", "interior", "single", "empty row", "empty first", "nothing")
+
+
+def inputs_of(name: str, mask: Tensor) -> dict[str, Tensor]:
+    """Token ids under a mask; with multiple choice a batch of two choices each."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, SIZES["vocab_size"], mask.shape, generator=generator) * mask
+    if name.endswith("ForMultipleChoice"):
+        ids, mask = ids.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the rows that each layer of our own computed went on with; empty where Hugging Face's ran."""
+    shapes: list[tuple[int, ...]] = []
+    forward = fused_encoder._forward
+
+    def watch(layer: Any, attend: Any, hidden: Tensor, rows: Tensor) -> Tensor:
+        shapes.append(tuple(rows.shape[:-1]))
+        return forward(layer, attend, hidden, rows)
+
+    with mock.patch.object(fused_encoder, "_forward", watch):
+        yield shapes
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest element of ``b`` if that is over 1."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    return float((a - b).detach().abs().max()) / max(1.0, float(b.detach().abs().max())) if b.numel() else 0.0
