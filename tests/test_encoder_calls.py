@@ -237,6 +237,8 @@ def test_cls_only_true_is_not_for_heads_that_read_every_token() -> None:
     report = fuse(ours, cls_only=True, unpad=True)
     assert "no work on padding" in report.paths["bert.encoder"]
     assert compare(ours, theirs, batch_of(), KEEP) == PACKED
+    fuse(ours.bert, cls_only=True, unpad=True)
+    assert compare(ours, theirs, batch_of(), KEEP) == PACKED
 
 
 @pytest.mark.parametrize("name", ["BertForTokenClassification", "RobertaForMaskedLM", "BertForPreTraining"])
