@@ -220,7 +220,7 @@ calls = st.builds(
     bias=st.sampled_from(["", "contiguous", "strided"]),
     wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     d_out_layout=layouts,
-    autocast=st.sampled_from([None, None, torch.bfloat16, torch.float16]),
+    autocast=st.sampled_from([None, None, None, None, torch.bfloat16, torch.float16]),
     recompute_preact=st.booleans(),
     called_before=st.booleans(),
 )
@@ -266,7 +266,7 @@ def product_bound(left: Tensor, left_bound: Tensor, right: Tensor, dtype: torch.
     return left_bound @ right.abs() + rounding_bound(left @ right, dtype) + accumulation
 
 
-@profile
+@settings(profile, max_examples=FUZZ or 200)  # has the most to choose from
 @given(calls)
 def test_linear_act(call: Call) -> None:
     """The result, what is differentiable, and every gradient, elementwise within what follows from the promises."""
