@@ -53,9 +53,12 @@ def test_cls_only_is_one_graph() -> None:
     assert run("BertForSequenceClassification", cls_only="auto") == [1] * 5
 
 
-@pytest.mark.parametrize(("name", "most"), [("BertModel", 13), ("BertForSequenceClassification", 18)])
+@pytest.mark.parametrize(("name", "most"), [("BertModel", 13), ("BertForSequenceClassification", 19)])
 def test_unpadding_breaks_the_graph_and_soon_stops_compiling(name, most) -> None:
-    """Broken where tokens are counted, and in each layer's attention on a CPU; other lengths are compiled for once."""
+    """Broken where tokens are counted, and in each layer's attention on a CPU; other lengths are compiled for once.
+
+    most: what torch 2.11 needs; 2.13 needs one less with a head.
+    """
     first, second, third, without_padding, last = run(name, unpad=True, cls_only="auto")
     assert 3 < first < second == third < without_padding == last <= most
 
