@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from encoders import build, difference, inputs_of, mask_of, watched
 from torch import nn
+from transformers import AttentionInterface
 
 from bert_fused import fuse, packing, verify
 
@@ -282,6 +283,23 @@ def test_chunked_feed_forward_is_left_alone() -> None:
     ours = copy.deepcopy(theirs)
     assert "chunk_size_feed_forward" in fuse(ours, unpad=True).skipped["encoder"]
     assert compare(ours, theirs, batch_of()) == []
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_attention_of_the_users_own_runs_dense(cls_only) -> None:
+    """Also what it sees of padding is its own business."""
+
+    def attend(module, query, key, value, attention_mask, **options):
+        assert query.shape[2] == key.shape[2] == 7
+        return value.mean(2, keepdim=True).expand_as(value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("of_my_own", attend)
+    theirs = build("BertModel")
+    theirs.set_attn_implementation("of_my_own")
+    ours = copy.deepcopy(theirs)
+    fuse(ours, unpad=True, cls_only=cls_only)
+    assert compare(ours, theirs, batch_of()) == []
+    del AttentionInterface._global_mapping["of_my_own"]
 
 
 def test_autocast() -> None:
