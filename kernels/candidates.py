@@ -47,8 +47,8 @@ TMA_TILES: tuple[Tile, ...] = (
 POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
 # All 255 registers of each thread, and not one more: bf16 alone has that few instructions.
 BF16_TILES: tuple[Tile, ...] = ((128, 128, 64, 4, 3),)
-# Tiles for which sm_86 and sm_89 give a thread too few registers, and what they are offered instead.
-MORE_WARPS: dict[Tile, Tile] = {(64, 64, 64, 4, 4): (64, 64, 64, 8, 4)}
+# Tiles that get 8 warps on some architectures: with 4 a thread is given too few registers (the second: by Triton 3.9).
+MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
     if not tma:
         pointer_tiles = (*pointer_tiles, *POINTER_TILES, *(BF16_TILES if dtype == "bfloat16" else ()))
     for tile in pointer_tiles:
-        if arch in (86, 89):
-            tile = MORE_WARPS.get(tile, tile)
+        if arch in MORE_WARPS.get(tile, ()):
+            tile = (*tile[:3], 8, tile[4])
         if tile[0] >= rows or (tile[0] < 64 and tile[0] < M // 4):
             continue
         plain = config("pointer", tile)

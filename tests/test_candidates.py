@@ -38,6 +38,8 @@ def test_tiles_that_spill_are_not_offered_where_they_do() -> None:
         assert dataclasses.replace(spills, num_warps=8) in candidates(512, 3072, 768, "float16", arch) or arch == 80
         for dtype, config in full.items():
             assert (config in candidates(512, 3072, 768, dtype, arch)) == (dtype == "bfloat16")
+        assert Config("pointer", "float16", 64, 32, 128, 4, 4) not in candidates(512, 3072, 768, "float16", arch)
+        assert Config("pointer", "float16", 64, 32, 128, 8, 4) in candidates(512, 3072, 768, "float16", arch)
         assert Config("pointer", "tf32", 128, 128, 32, 4, 3) not in candidates(512, 3072, 768, "tf32", arch)
 
 
