@@ -32,8 +32,11 @@ class Options:
     skip_pooler: bool = False
 
     def __post_init__(self) -> None:
-        if self.cls_only not in (True, False, "auto"):
+        if isinstance(self.cls_only, str) and self.cls_only != "auto":
             raise ValueError(f"cls_only must be True, False or 'auto', got {self.cls_only!r}")
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and not (name == "cls_only" and isinstance(value, str)):
+                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ def fuse(
         skip_pooler: leave out the pooler of a model without a head; ``pooler_output`` is then None.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: ``cls_only`` is something else.
+        TypeError: ``model`` is not an ``nn.Module``, or an option not a bool.
+        ValueError: ``cls_only`` is another string.
     """
     report, fused_now, fused_before = _fuse(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
     _apply([*fused_now, *fused_before])
@@ -121,8 +124,7 @@ def fused(
     The block is the model's, not the thread's: leaving it unfuses the model for every thread that calls it.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: ``cls_only`` is neither a bool nor ``"auto"``.
+        TypeError, ValueError: as ``fuse``.
     """
     report, fused_now, _ = _fuse(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
     _apply(fused_now)
@@ -152,8 +154,12 @@ def _apply(changes: Iterable[_Change]) -> None:
                 change.module.__dict__.pop(name, None)
             change.module.__dict__.update(change.options)
             change.module.__class__ = change.kind
-            if change.place is not None:
+            if change.place is None:
+                continue
+            if change.options:
                 _readers().listen(change.place)
+            else:
+                _readers().stop_listening(module for module, _ in change.place.listeners)
 
 
 @dataclass
@@ -185,8 +191,9 @@ def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change]
     with _lock:
         matched_by_name = _names_others_match(model)
         _plan_blocks(plan, model, options, matched_by_name, unread)
+        skipped_poolers = {id(change.module) for change in (*plan.now, *plan.before) if "skip" in change.options}
         for place in places:
-            pools = place.pooler is not None and id(place.pooler) not in unread
+            pools = place.pooler is not None and id(place.pooler) not in skipped_poolers
             _plan_encoder(plan, place, options, matched_by_name, pools)
     holds_no = f"{type(model).__name__} holds no"
     families = "of the families bert, roberta, xlm-roberta, camembert, electra"
@@ -228,10 +235,11 @@ def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: se
     if settings:
         target = modules.fused_encoder_class(already or type(place.encoder))
         plan.fuse(place.name, does, _Change(place.encoder, target, settings, place), already)
-    elif reason is not None:
+        return
+    if reason is not None:
         plan.skipped[place.name] = reason
-    elif already:
-        plan.before.append(_Change(place.encoder, already, {}))
+    if already:
+        plan.before.append(_Change(place.encoder, already, {}, place))
 
 
 def _names_others_match(model: nn.Module) -> set[str]:

@@ -194,7 +194,7 @@ class _FusedIntermediate(nn.Module):
         activation = _activation_now(original, function, dense, hidden_states)
         if activation is None:
             return cast(Tensor, original.forward(self, hidden_states))
-        if "recompute_preact" in self.__dict__:
+        if self.__dict__.get("recompute_preact"):
             return linear_act(hidden_states, weight, bias, activation, recompute_preact=True)
         return linear_act(hidden_states, weight, bias, activation)
 
@@ -206,14 +206,14 @@ class _FusedPooler(nn.Module):
     skip = False
 
     def forward(self, hidden_states: Tensor) -> Tensor | None:
-        if "skip" in self.__dict__:
+        if self.__dict__.get("skip"):
             return None
         original = _original_now(self)
         function, dense, weight, bias = _parts(self, "activation")
         activation = _activation_now(original, function, dense, hidden_states)
         if activation is None or hidden_states.dim() != 3:
             return cast(Tensor, original.forward(self, hidden_states))
-        if "recompute_preact" in self.__dict__:
+        if self.__dict__.get("recompute_preact"):
             return cls_pool(hidden_states, weight, bias, activation, recompute_preact=True)
         return cls_pool(hidden_states, weight, bias, activation)
 

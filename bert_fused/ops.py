@@ -22,6 +22,8 @@ def _linear_act_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
 ) -> tuple[Tensor, Tensor]:
     """x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; ``(out, preact)``, with an empty preact unless it is saved."""
+    if x.dim() != 2:
+        raise ValueError(f"x must be [M, K], got shape {tuple(x.shape)}")
     if device_reason(x.device, x.dtype) is None:
         from .kernels.linear_act import linear_act_fwd
 

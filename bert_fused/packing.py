@@ -7,11 +7,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older than torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
+from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,7 @@ def varlen_serves(query: Tensor, heads: int, dropout: float) -> bool:
     """Whether ``torch.nn.attention.varlen``, which is flash attention, computes this attention."""
     width = query.shape[-1] // heads
     return (
-        varlen_attn is not None
-        and query.is_cuda
+        query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and dropout == 0
         and width % 8 == 0

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class Verification:
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     """Call ``model(*args, **kwargs)`` fused and unfused and compare every floating-point output.
 
-    Of a model fused with ``unpad`` or ``cls_only``, what both compute is compared: per token, the tokens that the
-    caller's ``[B, S]`` attention mask keeps; of a last layer for position 0 only, that one.
+    Of a model fused with ``unpad``, ``cls_only`` or ``skip_pooler``, what both compute is compared: per token, the
+    tokens that the caller's ``[B, S]`` attention mask keeps; of a last layer for position 0 only, that one.
 
     Both calls run in eval mode without gradients, on copies of the arguments and from the same random state. The
     training mode of every module, the random state and what is fused are as before afterwards.
@@ -51,10 +51,13 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
             ours = _outputs(model, args, kwargs)
             with unfused(model):
                 theirs = _outputs(model, args, kwargs)
-    if not theirs:
+    if not theirs or not ours:
         raise ValueError("nothing to verify: the model returned no floating-point tensor")
     keep = _real_tokens(model, args, kwargs)
-    pairs = [_comparable(mine, other, keep) for mine, other in zip(ours, theirs, strict=True)]
+    per_token = keep is not None and _scores_tokens(model)
+    pairs = [
+        _comparable(ours[path], theirs[path], keep, per_token and path == "logits") for path in theirs if path in ours
+    ]
     return Verification(
         max_abs_error=max(_max_abs_error(mine, other) for mine, other in pairs),
         cosine=min(_cosine(mine, other) for mine, other in pairs),
@@ -62,8 +65,11 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     )
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The model's floating-point outputs. It gets copies, and its draws are undone: the next call starts the same."""
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's floating-point outputs by their path.
+
+    It gets copies, and its draws are undone: the next call starts the same.
+    """
 
     def copied(leaf: Any) -> Any:
         return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
@@ -72,7 +78,7 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     devices = list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         # Cloned, since a model may return the same buffer every time.
-        return [tensor.clone() for tensor in _tensors(model(*args, **kwargs))]
+        return {path: tensor.clone() for path, tensor in _tensors(model(*args, **kwargs))}
 
 
 def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -85,10 +91,17 @@ def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scores_tokens(model: nn.Module) -> bool:
+    """Whether logits ``[B, S]`` are one for each token, and not one for each of S labels."""
+    from .readers import reads_of
+
+    return reads_of(model) == "tokens"
+
+
+def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, per_token: bool) -> tuple[Tensor, Tensor]:
     if mine.dim() == other.dim() == 3 and mine.shape[1] == 1 < other.shape[1]:
         return mine, other[:, :1]
-    if keep is not None and mine.dim() >= 2 and mine.shape[:2] == keep.shape:
+    if keep is not None and mine.dim() >= (2 if per_token else 3) and mine.shape[:2] == keep.shape:
         keep = keep.to(mine.device)
         return mine[keep], other[keep]
     return mine, other
@@ -107,17 +120,19 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return 1.0 if torch.equal(a, b) else float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in nested tuples, lists and mappings, in order."""
+def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor in nested tuples, lists and mappings, in order, with its path."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
+            yield path, output
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
     elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
+        items = enumerate(output)
+    for key, value in items:
+        yield from _tensors(value, f"{path}.{key}" if path else str(key))
 
 
 @contextlib.contextmanager

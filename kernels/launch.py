@@ -63,23 +63,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
             if len(_kept) >= MAX_KEPT:
                 _kept.clear()
             _kept[key] = kept
-            launcher, encoders = kept[0], _encoders(args, kept[1])
+            launcher, described = kept
         else:
-            launcher, encoders = kept[0], _encoders(args, kept[1])
-            launcher(blocks, replay.current_stream(device), tuple(_encoded(values, encoders)))
+            launcher, described = kept
+            launcher(blocks, replay.current_stream(device), tuple(_encoded(values, described)))
+    descriptors = [arg for arg in args if type(arg) is TensorDescriptor]
+    encoders = tuple(_encoder(*pair) for pair in zip(descriptors, described, strict=True))
     return Launch(kernel, is_observed, launcher, device, blocks, values, encoders)
 
 
-def _encoders(args: tuple[Any, ...], described: tuple[Any, ...]) -> tuple[Encoder, ...]:
-    descriptors = [arg for arg in args if type(arg) is TensorDescriptor]
-    return tuple(_encoder(*pair) for pair in zip(descriptors, described, strict=True))
-
-
-def _encoded(values: tuple[Any, ...], encoders: tuple[Encoder, ...]) -> Iterator[Any]:
-    remaining = iter(encoders)
+def _encoded(values: tuple[Any, ...], described: tuple[Any, ...]) -> Iterator[Any]:
+    remaining = iter(described)
     for value in values:
         if type(value) is TensorDescriptor:
-            yield from next(remaining)(value.base.data_ptr())
+            yield from _encode(value, next(remaining))
         else:
             yield value
 
@@ -129,7 +126,7 @@ def _needs_scratch(run: Any) -> bool:
 
 
 def launcher_of(compiled: Any) -> Launcher:
-    """Triton's C launcher of a compiled kernel. Versions of Triton differ in here and in ``_encoder``."""
+    """Triton's C launcher of a compiled kernel. Versions of Triton differ in here and in ``_encode``."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     direct, cooperative, dependent = run.launch, run.launch_cooperative_grid, run.launch_pdl
     # A kernel with descriptors has its launcher wrapped into one that encodes them in every call.
@@ -165,13 +162,18 @@ class _Address:
 _serial = itertools.count()
 
 
+def _encode(descriptor: Any, described: Any) -> tuple[Any, ...]:
+    """What the launcher is given for a descriptor, of which the compiler said ``described``."""
+    encode = triton.backends.nvidia.driver.make_tensordesc_arg
+    more = (None,) * (encode.__code__.co_argcount - 2)  # Triton 3.9 passes on arguments that it does not read
+    return tuple(encode(descriptor, described, *more))
+
+
 def _encoder(descriptor: TensorDescriptor, described: Any) -> Encoder:
     """From an address to what the launcher is given for a tensor there, of the descriptor's shape, strides and tile.
 
     That is a function of the address and nothing else, so what was encoded once holds for whoever lives there later.
     """
-    encode = triton.backends.nvidia.driver.make_tensordesc_arg
-    more = (None,) * (encode.__code__.co_argcount - 2)  # Triton 3.9 passes on arguments that it does not read
     template = copy.copy(descriptor)
     template.base = None  # keeps no tensor alive
     number = next(_serial)
@@ -182,7 +184,7 @@ def _encoder(descriptor: TensorDescriptor, described: Any) -> Encoder:
         if found is None:
             there = copy.copy(template)
             there.base = _Address(address)
-            found = tuple(encode(there, described, *more))
+            found = _encode(there, described)
             if len(replay.encoded) >= replay.MAX_ENCODED:
                 replay.encoded.clear()
             replay.encoded[key] = found

@@ -316,9 +316,12 @@ def _library(
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear`` in no graph."""
+    """``F.linear`` in no graph and in x's dtype."""
     if torch.is_grad_enabled():
         with torch.no_grad():
+            return _product(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             return _product(x, weight, bias)
     if x.dim() == 2:
         return torch.nn.functional.linear(x, weight, bias)

@@ -293,6 +293,17 @@ def check_the_product_of_a_kept_library_call() -> None:
         assert len(replay.calls) == 1
 
 
+def check_a_kept_library_call_under_autocast() -> None:
+    """Through the operator, which autocast does not reach: the product keeps x's dtype, and the pass its buffer."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    x, w, b = (t.float() for t in linear_tensors())
+    for enabled in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, preact = torch.ops.bert_fused.linear_act_fwd(x, w, b, "gelu", True)
+        assert out.dtype is preact.dtype is torch.float32
+        torch.testing.assert_close(preact, torch.nn.functional.linear(x, w, b))
+
+
 def check_what_is_kept() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     for name, arguments, kept in linear_calls():

@@ -497,3 +497,8 @@ def test_inductor() -> None:
     x, weight, bias = tensors(6)
     compiled = torch.compile(lambda *a: linear_act(*a) * 2 + 1, fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), linear_act(x, weight, bias) * 2 + 1)
+
+
+def test_the_operator_takes_matrices() -> None:
+    with pytest.raises(ValueError, match=r"x must be \[M, K\], got shape \(2, 3, 8\)"):
+        torch.ops.bert_fused.linear_act_fwd(torch.randn(2, 3, 8), torch.randn(4, 8), None, "gelu", False)
