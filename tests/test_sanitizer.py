@@ -188,8 +188,8 @@ FAULTS = {
     "W: steps along rows": ("even K", "tl.cast(stride_wk,", "tl.cast(stride_wn,", READS),
     "x: strides swapped": (
         "pointer",
-        "x.stride(0),\n        x.stride(1)",
-        "x.stride(1),\n        x.stride(0)",
+        "rows.stride(0),\n        rows.stride(1)",
+        "rows.stride(1),\n        rows.stride(0)",
         READS,
     ),
     "W: strides swapped": (
