@@ -261,6 +261,7 @@ def check_kept_calls_launch_what_new_ones_do() -> None:
             saved = [t for t in getattr(out.grad_fn, "saved_tensors", ()) if t is not None]
             inputs = [t.data_ptr() for t in (x, w, bias) if t is not None]
             fresh = [t.data_ptr() for t in saved if t.data_ptr() not in (*inputs, *addresses)]
+            assert len(fresh) == (out.requires_grad and arguments[3] == "gelu"), name
             if kept == "library":
                 addresses = (fresh or addresses) + addresses
                 fresh = []
