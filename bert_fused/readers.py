@@ -61,7 +61,7 @@ def places(model: nn.Module) -> Iterator[Place]:
     """Every encoder of a supported family in ``model`` whose model is in there as well."""
     modules = dict(model.named_modules())
     for name, base in modules.items():
-        if _known(base) != "Model":
+        if _kind(base) != "Model":
             continue
         above = [modules[outer] for outer in _outer(name)]
         heads = [module for module in above if isinstance(module, PreTrainedModel)]
@@ -84,6 +84,9 @@ def _outer(name: str) -> list[str]:
 
 def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
     config: Any = base.config
+    for module in (base, cast(nn.Module, base.encoder)):
+        if _replaced(module):
+            return f"{type(module).__name__} has a forward of its own"
     if not isinstance(base.encoder, FusedEncoder) and _known(base.encoder) != "Encoder":
         return f"it is a {type(base.encoder).__name__} of another kind"
     if config.is_decoder or config.add_cross_attention:
@@ -155,7 +158,7 @@ def reads_of(head: nn.Module) -> Reads | None:
     reader = getattr(head, "classifier", None)
     summary: Any = getattr(head, "sequence_summary", None)
     if kind == "ForSequenceClassification" and getattr(base, "pooler", None) is None:
-        return "first" if _known(reader) == "ClassificationHead" and not _replaced(reader) else "all"
+        return "first" if _known(reader) == "ClassificationHead" else "all"
     if kind == "ForMultipleChoice" and summary is not None:
         return "first" if summary.summary_type == "first" else "all"
     return "all" if _pooler_reads(base) == "all" else reads
@@ -166,11 +169,16 @@ def _pooler_reads(base: nn.Module) -> Reads | None:
     pooler = getattr(base, "pooler", None)
     if pooler is None or getattr(pooler, "skip", False):
         return None
-    return "first" if _known(pooler) == "Pooler" and not _replaced(pooler) else "all"
+    return "first" if _known(pooler) == "Pooler" else "all"
 
 
 def _known(module: Any) -> str | None:
-    """The name, less the family's prefix, of the class of transformers whose ``forward`` a module runs; else None."""
+    """As ``_kind``, but None if the module itself was given another ``forward``."""
+    return _kind(module) if module is not None and not _replaced(module) else None
+
+
+def _kind(module: Any) -> str | None:
+    """The name, less the family's prefix, of the class of transformers whose ``forward`` a module's class has."""
     kind: Any = type(module)
     for original in kind.__mro__:
         prefix = PREFIXES.get(original.__module__)
@@ -259,7 +267,7 @@ def _has_token_loss(head: nn.Module) -> bool:
 def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | None:
     encoder = base.encoder
     pooler_reads = _pooler_reads(base)
-    if not isinstance(encoder, FusedEncoder) or "all" in (head_reads, pooler_reads):
+    if not isinstance(encoder, FusedEncoder) or _replaced(encoder) or "all" in (head_reads, pooler_reads):
         return None
     # Another thread may give the encoder its class back meanwhile.
     unpad, cls_only = getattr(encoder, "unpad", False), getattr(encoder, "cls_only", False)

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -301,6 +302,67 @@ def test_a_forward_replaced_on_a_class(part, monkeypatch) -> None:
         ours(**inputs_of(NAME, MASK))
     assert shapes == []
     assert calls
+    assert_works(ours, theirs, expected=[])
+
+
+def mean_instead(model: nn.Module) -> None:
+    """What is at padding has a say in the logits."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        hidden = self.bert(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return (self.classifier(hidden.mean(1)),)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def another_mask(module: nn.Module) -> None:
+    """More tokens than the caller said, for what runs below."""
+    theirs = type(module).forward
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            attention_mask = torch.ones_like(attention_mask)
+        return theirs(self, *args, attention_mask=attention_mask, **kwargs)
+
+    module.forward = types.MethodType(forward, module)
+
+
+def no_mask(module: nn.Module) -> None:
+    theirs = type(module).forward
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return theirs(self, hidden_states, None, **kwargs)
+
+    module.forward = types.MethodType(forward, module)
+
+
+REPLACED = {
+    "head": ("", mean_instead, "what BertForSequenceClassification reads of it is not known"),
+    "base": ("bert", another_mask, "BertModel has a forward of its own"),
+    "encoder": ("bert.encoder", no_mask, "BertEncoder has a forward of its own"),
+}
+
+
+@pytest.mark.parametrize("part", REPLACED)
+@pytest.mark.parametrize("cls_only", [False, "auto"])
+def test_a_forward_replaced_on_an_instance(part, cls_only) -> None:
+    where, replace, said = REPLACED[part]
+    ours, theirs = made(NAME, unpad=True, cls_only=cls_only), build(NAME)
+    for model in (ours, theirs):
+        replace(model.get_submodule(where))
+    assert_works(ours, theirs, expected=[])
+    unfuse(ours)
+    assert said in reason(ours, "bert.encoder", unpad=True, cls_only=cls_only)
+    assert_works(ours, theirs, expected=[])
+    del ours.get_submodule(where).forward
+    fuse(ours, unpad=True, cls_only="auto")
+    assert_works(ours, build(NAME))
+
+
+def test_accelerates_hooks_run_dense() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    ours, theirs = made(), build(NAME)
+    hooks.add_hook_to_module(ours, hooks.ModelHook())
     assert_works(ours, theirs, expected=[])
 
 
