@@ -380,6 +380,41 @@ def test_a_layer_of_another_kind() -> None:
     assert torch.equal(mine[0], theirs(**inputs_of("BertModel", MASK))[0])
 
 
+class Neighbours(nn.LSTM):
+    """As wide as its input, and its output alone."""
+
+    __module__ = nn.LSTM.__module__
+
+    def __init__(self):
+        super().__init__(32, 16, bidirectional=True, batch_first=True)
+
+    def forward(self, hidden):
+        return super().forward(hidden)[0]
+
+
+# Modules of torch that take a layer's hidden states and mix tokens, and sequences, or take other dimensions for them.
+MIXING = {
+    "LSTM": Neighbours,
+    "convolution": lambda: nn.Conv1d(7, 7, 3, padding=1),
+    "pooling": lambda: nn.AvgPool2d((3, 1), 1, (1, 0)),
+    "softmax": lambda: nn.Softmax(-2),
+    "group norm": lambda: nn.GroupNorm(1, 7),
+    "channels of an activation": lambda: nn.PReLU(7),
+    "channels of dropout": lambda: nn.Dropout1d(0.0),
+}
+
+
+@pytest.mark.parametrize("part", MIXING)
+def test_modules_of_torch_that_mix_tokens_in_a_layer(part) -> None:
+    ours, theirs = made("BertModel"), build("BertModel")
+    torch.manual_seed(0)
+    mixing = MIXING[part]()
+    for model in (ours, theirs):
+        model.encoder.layer[0].output.dropout = mixing
+    assert_works(ours, theirs, "BertModel", expected=[])
+    assert type(mixing).__name__ in reason(ours, "encoder")
+
+
 def test_skipped_pooler() -> None:
     for family in FAMILIES[:4]:
         name = f"{family}Model"
