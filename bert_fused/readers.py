@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .encoder import REQUEST, CLSOnly, FusedEncoder, Request, layers_reason
+from .encoder import REQUEST, CLSOnly, FusedEncoder, Request, layers_reason, rows_reason
 from .families import PREFIXES
 from .genuine import class_is_patched, watch_reason
 
@@ -161,6 +161,10 @@ def reads_of(head: nn.Module) -> Reads | None:
         return "first" if _known(reader) == "ClassificationHead" else "all"
     if kind == "ForMultipleChoice" and summary is not None:
         return "first" if summary.summary_type == "first" else "all"
+    if reads == "tokens" and any(
+        rows_reason(child) is not None for child in head._modules.values() if child is not None and child is not base
+    ):
+        return "all"
     return "all" if _pooler_reads(base) == "all" else reads
 
 

@@ -385,8 +385,8 @@ class Neighbours(nn.LSTM):
 
     __module__ = nn.LSTM.__module__
 
-    def __init__(self):
-        super().__init__(32, 16, bidirectional=True, batch_first=True)
+    def __init__(self, width=32):
+        super().__init__(32, width // 2, bidirectional=True, batch_first=True)
 
     def forward(self, hidden):
         return super().forward(hidden)[0]
@@ -413,6 +413,37 @@ def test_modules_of_torch_that_mix_tokens_in_a_layer(part) -> None:
         model.encoder.layer[0].output.dropout = mixing
     assert_works(ours, theirs, "BertModel", expected=[])
     assert type(mixing).__name__ in reason(ours, "encoder")
+
+
+READERS = {
+    "BertForTokenClassification": ("classifier", 2),
+    "ElectraForTokenClassification": ("dropout", 32),
+    "BertForMaskedLM": ("cls.predictions.transform", 32),
+    "RobertaForMaskedLM": ("lm_head.layer_norm", 32),
+    "ElectraForPreTraining": ("discriminator_predictions.dense", 32),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_heads_over_tokens_that_mix_them(name, when) -> None:
+    ours, theirs = build(name), build(name)
+    where, width = READERS[name]
+    torch.manual_seed(0)
+    mixing = Neighbours(width)
+    theirs.set_submodule(where, mixing)
+    if when == "before":
+        ours.set_submodule(where, mixing)
+    report = fuse(ours, unpad=True)
+    said = report.skipped.get(f"{ours.base_model_prefix}.encoder", "")
+    assert ("reads padded positions" in said) == (when == "before")
+    ours.set_submodule(where, mixing)
+    keep = MASK.bool()
+    batch = inputs_of(name, MASK)
+    with watched() as shapes:
+        mine = ours(**batch)[0][keep]
+    assert shapes == []
+    assert difference(mine, theirs(**batch)[0][keep]) <= 1e-5
 
 
 def test_skipped_pooler() -> None:
