@@ -3,6 +3,7 @@
 The modules between the caller and the encoder are never swapped: transformers, accelerate and FSDP find models by their
 class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, which every model passes on. They do
 nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
+Called without keyword arguments they were given or taken away by ``fuse`` or ``unfuse`` during the call, and do nothing.
 """
 
 import inspect
@@ -202,8 +203,10 @@ def _base_of(head: nn.Module) -> nn.Module | None:
     return base if _known(base) == "Model" else None
 
 
-def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Forward pre-hook of a model without a head: make the request, from the caller's mask and what a head reads."""
+    if kwargs is None:
+        return None
     if _known(base) != "Model" or not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
         return None
     kwargs = dict(kwargs)
@@ -211,8 +214,10 @@ def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs | ({REQUEST: request} if request is not None else {})
 
 
-def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Forward pre-hook of a model with a head: say what it reads. ``tell_of_base`` makes a request of it."""
+    if kwargs is None:
+        return None
     base = _base_of(head)
     if base is None or not isinstance(base.encoder, FusedEncoder) or not _is_last(head, tell_of_head):
         return None
@@ -220,8 +225,12 @@ def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs | {REQUEST: _reads_now(head, labels, argument(head, "attention_mask", args, kwargs))}
 
 
-def tell_of_sentence_transformer(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tell_of_sentence_transformer(
+    wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Any:
     """The same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
+    if kwargs is None:
+        return None
     model = _wrapped(wrapper)
     if model is None or not args or not isinstance(args[0], Mapping):
         return None
@@ -295,7 +304,8 @@ def _is_watched(head: nn.Module) -> bool:
 
 def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
     """Whether no later pre-hook can change the arguments that ``hook`` has seen."""
-    return list(module._forward_pre_hooks.values())[-1] is hook
+    hooks = list(module._forward_pre_hooks.values())
+    return bool(hooks) and hooks[-1] is hook
 
 
 # Where a class's ``forward`` takes which argument, not counting ``self``.

@@ -17,6 +17,7 @@ from bert_fused import fuse, fused, unfuse, verify
 from bert_fused.encoder import FusedEncoder
 from bert_fused.modules import original_class
 from bert_fused.packing import Packing
+from bert_fused.readers import tell_of_sentence_transformer
 
 NAME = "BertForSequenceClassification"
 MASK = mask_of("right")
@@ -504,6 +505,47 @@ def test_threads_share_a_model() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("where", ["", "bert", "bert.embeddings"])
+def test_unfused_during_a_call(where, attention) -> None:
+    """As another thread would, between any two steps of the call."""
+    model, theirs = build(NAME, attention), build(NAME, attention)
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(module)
+        unfuse(model)
+
+    model.get_submodule(where).register_forward_pre_hook(interrupt)
+    fuse(model, unpad=True, cls_only="auto")
+    assert_works(model, theirs, expected=[])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("where", ["", "bert"])
+def test_a_hook_asked_after_all_hooks_were_taken(where) -> None:
+    """The hook was looked up before ``unfuse`` in another thread, which has not come to the encoder's class yet."""
+    model = made()
+    module = model.get_submodule(where)
+    (hook,) = module._forward_pre_hooks.values()
+    unfuse(model)
+    model.bert.encoder.__class__ = FusedEncoder
+    assert hook(module, (), inputs_of(NAME, MASK)) is None
+    assert hook(module, ()) is None
+
+
+def test_fused_during_a_call() -> None:
+    """``fuse`` enters a hook before it is known that the hook takes keyword arguments."""
+    model, theirs = made(), build(NAME)
+    for module in (model, model.bert):
+        module._forward_pre_hooks_with_kwargs.clear()
+    assert_works(model, theirs, expected=[])
+
+
+def test_sentence_transformers_hook_without_keyword_arguments() -> None:
+    assert tell_of_sentence_transformer(nn.Identity(), ({},)) is None
 
 
 def test_original_class_of_an_encoder() -> None:
