@@ -3,7 +3,7 @@
 The modules between the caller and the encoder are never swapped: transformers, accelerate and FSDP find models by their
 class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, which every model passes on. They do
 nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
-Called without keyword arguments they were given or taken away by ``fuse`` or ``unfuse`` during the call, and do nothing.
+Called without keyword arguments they were given or taken away by ``fuse`` or ``unfuse`` during a call, and do nothing.
 """
 
 import inspect
@@ -34,6 +34,8 @@ _READS: dict[str, Reads] = {
     "ForCausalLM": "all",
     "LMHeadModel": "all",
 }
+# The method of a model that makes its attention's mask of the caller's.
+_MASKS = "_create_attention_masks"
 # What a cross entropy of transformers' heads leaves out.
 _IGNORED_LABEL = -100
 
@@ -88,6 +90,8 @@ def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
     for module in (base, cast(nn.Module, base.encoder)):
         if _replaced(module):
             return f"{type(module).__name__} has a forward of its own"
+    if cast(nn.Module, base.encoder)._forward_pre_hooks:
+        return "hooks before it may change its mask"
     if not isinstance(base.encoder, FusedEncoder) and _known(base.encoder) != "Encoder":
         return f"it is a {type(base.encoder).__name__} of another kind"
     if config.is_decoder or config.add_cross_attention:
@@ -190,12 +194,14 @@ def _kind(module: Any) -> str | None:
         if prefix is not None:
             ours = kind.__module__.startswith("bert_fused.")
             same = (kind.forward is original.forward or ours) and not class_is_patched(original)
+            same = same and getattr(kind, _MASKS, None) is getattr(original, _MASKS, None)
             return original.__name__.removeprefix(prefix) if same else None
     return None
 
 
 def _replaced(module: Any) -> bool:
-    return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+    attributes = module.__dict__
+    return "forward" in attributes or "_hf_hook" in attributes or _MASKS in attributes
 
 
 def _base_of(head: nn.Module) -> nn.Module | None:
@@ -280,7 +286,10 @@ def _has_token_loss(head: nn.Module) -> bool:
 def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | None:
     encoder = base.encoder
     pooler_reads = _pooler_reads(base)
-    if not isinstance(encoder, FusedEncoder) or _replaced(encoder) or "all" in (head_reads, pooler_reads):
+    if not isinstance(encoder, FusedEncoder) or "all" in (head_reads, pooler_reads):
+        return None
+    # Either may hand on another mask than the caller's.
+    if _replaced(encoder) or encoder._forward_pre_hooks:
         return None
     # Another thread may give the encoder its class back meanwhile.
     unpad, cls_only = getattr(encoder, "unpad", False), getattr(encoder, "cls_only", False)

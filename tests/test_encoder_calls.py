@@ -1,12 +1,14 @@
 """When a fused encoder packs, when it runs dense, and that the results are Hugging Face's either way."""
 
 import copy
+import functools
 import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from encoders import build, difference, inputs_of, mask_of, watched
 from torch import nn
 from transformers import AttentionInterface
@@ -195,6 +197,50 @@ def test_a_later_pre_hook_that_changes_the_mask() -> None:
 
     for model in (ours, theirs):
         model.register_forward_pre_hook(change, with_kwargs=True)
+    assert compare(ours, theirs, batch_of()) == []
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("cls_only", [False, "auto"])
+def test_a_pre_hook_on_the_encoder_that_changes_the_mask(name, cls_only) -> None:
+    theirs = build(name)
+    ours = copy.deepcopy(theirs)
+    fuse(ours, unpad=True, cls_only=cls_only)
+
+    def change(module, args, kwargs):
+        return args, kwargs | {"attention_mask": mask_of("interior").bool()[:, None, None].expand(4, 1, 7, 7)}
+
+    handles = [m.base_model.encoder.register_forward_pre_hook(change, with_kwargs=True) for m in (ours, theirs)]
+    assert compare(ours, theirs, batch_of()) == []
+    report = fuse(ours, unpad=True, cls_only=cls_only)
+    assert "may change its mask" in next(reason for at, reason in report.skipped.items() if at.endswith("encoder"))
+    for handle in handles:
+        handle.remove()
+    fuse(ours, unpad=True)
+    assert compare(ours, theirs, batch_of(), KEEP) == PACKED
+
+
+def ignore_the_mask(self, attention_mask, encoder_attention_mask, **kwargs):
+    return None, encoder_attention_mask
+
+
+class Unmasked(transformers.BertModel):
+    """Its ``forward`` is inherited."""
+
+    _create_attention_masks = ignore_the_mask
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_masks_made_by_a_method_of_ones_own(where) -> None:
+    ours, theirs = pair()
+    if where == "class":
+        theirs = Unmasked(ours.config).eval()
+        theirs.load_state_dict(ours.state_dict())
+        ours = copy.deepcopy(theirs)
+        fuse(ours, unpad=True)
+    else:
+        for model in (ours, theirs):
+            model._create_attention_masks = functools.partial(ignore_the_mask, model)
     assert compare(ours, theirs, batch_of()) == []
 
 
