@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
 from .dispatch import reading_reason
-from .genuine import class_is_patched, watch_reason
+from .genuine import class_is_patched, is_defined_in, watch_reason
 from .packing import Packing, kept, packing_of
 
 CLSOnly = bool | Literal["auto"]
@@ -216,6 +217,9 @@ def layers_reason(encoder: nn.Module) -> str | None:
     if not len(cast(nn.ModuleList, encoder.layer)):
         return "it has no layers"
     home = getattr(type(encoder), "original", type(encoder)).__module__
+    config: Any = encoder.config
+    if _attention_is_replaced(home, config._attn_implementation):
+        return f"its attention under the name of {config._attn_implementation} is not transformers' own"
     for i, layer in enumerate(cast(nn.ModuleList, encoder.layer)):
         attention: Any = getattr(layer, "attention", None)
         parts = {"Layer": layer, "Attention": attention, "SelfAttention": getattr(attention, "self", None)}
@@ -230,6 +234,18 @@ def layers_reason(encoder: nn.Module) -> str | None:
         if reason is not None:
             return f"layer {i} has {reason}"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _attention_is_replaced(home: str, implementation: str) -> bool:
+    """Whether what the layers of the module ``home`` would call as SDPA or eager attention is somebody else's."""
+    eager = vars(sys.modules[home]).get("eager_attention_forward")
+    if implementation == "eager":
+        return not is_defined_in(ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager), home)
+    if implementation == "sdpa":
+        function = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager)
+        return not is_defined_in(function, "transformers.integrations.sdpa_attention")
+    return False
 
 
 def rows_reason(root: nn.Module) -> str | None:

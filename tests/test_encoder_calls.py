@@ -12,6 +12,7 @@ import transformers
 from encoders import build, difference, inputs_of, mask_of, watched
 from torch import nn
 from transformers import AttentionInterface
+from transformers.models.bert import modeling_bert
 
 from bert_fused import fuse, packing, verify
 
@@ -346,6 +347,28 @@ def test_attention_of_the_users_own_runs_dense(cls_only) -> None:
     fuse(ours, unpad=True, cls_only=cls_only)
     assert compare(ours, theirs, batch_of()) == []
     del AttentionInterface._global_mapping["of_my_own"]
+
+
+def uniform(module, query, key, value, attention_mask, **options):
+    return value.mean(2, keepdim=True).expand_as(value).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize("way", ["sdpa", "eager", "a registered eager"])
+def test_attention_replaced_under_its_own_name(way, cls_only, monkeypatch) -> None:
+    theirs = build("BertModel", way.split()[-1])
+    ours = copy.deepcopy(theirs)
+    fuse(ours, unpad=True, cls_only=cls_only)
+    if way == "eager":
+        monkeypatch.setattr(modeling_bert, "eager_attention_forward", uniform)
+    else:
+        monkeypatch.setitem(AttentionInterface._global_mapping, way.split()[-1], uniform)
+    assert compare(ours, theirs, batch_of()) == []
+    assert "is not transformers' own" in fuse(ours, unpad=True, cls_only=cls_only).skipped["encoder"]
+    monkeypatch.undo()
+    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
+    fuse(ours, unpad=True)
+    assert compare(ours, theirs, batch_of(), KEEP) == PACKED
 
 
 def test_autocast() -> None:
