@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
 from .dispatch import reading_reason
-from .genuine import class_is_patched, watch_reason
+from .genuine import class_is_patched, is_defined_in, watch_reason
 from .packing import Packing, kept, packing_of
 
 CLSOnly = bool | Literal["auto"]
@@ -26,8 +27,47 @@ REQUEST = "bert_fused_request"
 # Keyword arguments that change nothing about the encoder's result.
 _HARMLESS = ("position_ids", "num_items_in_batch")
 
-# Where modules come from that treat every row of their input alike, whatever other rows there are.
-_ROWWISE = ("torch.nn.modules.", "transformers.", "bert_fused.", "peft.")
+# What treats every row of its input alike, whatever other rows there are and whatever dimensions are in front: of torch
+# these classes, and where other modules come from that do.
+_ROWWISE = frozenset(
+    {
+        nn.Linear,
+        nn.Identity,
+        nn.Embedding,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.Dropout,
+        nn.AlphaDropout,
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.ParameterList,
+        nn.ParameterDict,
+        nn.CELU,
+        nn.ELU,
+        nn.GELU,
+        nn.Hardshrink,
+        nn.Hardsigmoid,
+        nn.Hardswish,
+        nn.Hardtanh,
+        nn.LeakyReLU,
+        nn.LogSigmoid,
+        nn.Mish,
+        nn.RReLU,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SELU,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.Softshrink,
+        nn.Softsign,
+        nn.Tanh,
+        nn.Tanhshrink,
+        nn.Threshold,
+    }
+)
+_ROWWISE_HOMES = ("transformers.", "bert_fused.", "peft.")
 
 
 class Request(NamedTuple):
@@ -177,6 +217,9 @@ def layers_reason(encoder: nn.Module) -> str | None:
     if not len(cast(nn.ModuleList, encoder.layer)):
         return "it has no layers"
     home = getattr(type(encoder), "original", type(encoder)).__module__
+    config: Any = encoder.config
+    if _attention_is_replaced(home, config._attn_implementation):
+        return f"its attention under the name of {config._attn_implementation} is not transformers' own"
     for i, layer in enumerate(cast(nn.ModuleList, encoder.layer)):
         attention: Any = getattr(layer, "attention", None)
         parts = {"Layer": layer, "Attention": attention, "SelfAttention": getattr(attention, "self", None)}
@@ -187,13 +230,26 @@ def layers_reason(encoder: nn.Module) -> str | None:
                 return f"layer {i} has a {kind.__qualname__} of another kind"
         if layer.chunk_size_feed_forward:
             return "chunk_size_feed_forward is set"
-        reason = _tree_reason(layer)
+        reason = rows_reason(layer)
         if reason is not None:
             return f"layer {i} has {reason}"
     return None
 
 
-def _tree_reason(root: nn.Module) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _attention_is_replaced(home: str, implementation: str) -> bool:
+    """Whether what the layers of the module ``home`` would call as SDPA or eager attention is somebody else's."""
+    eager = vars(sys.modules[home]).get("eager_attention_forward")
+    if implementation == "eager":
+        return not is_defined_in(ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager), home)
+    if implementation == "sdpa":
+        function = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager)
+        return not is_defined_in(function, "transformers.integrations.sdpa_attention")
+    return False
+
+
+def rows_reason(root: nn.Module) -> str | None:
+    """What in a module may not treat every row alike, or is somebody's to watch, in words, or None."""
     # nn.Module.modules() takes five times as long.
     waiting = [root]
     while waiting:
@@ -202,7 +258,7 @@ def _tree_reason(root: nn.Module) -> str | None:
         if reason is not None:
             return reason
         kind = type(module)
-        if not kind.__module__.startswith(_ROWWISE):
+        if kind not in _ROWWISE and not kind.__module__.startswith(_ROWWISE_HOMES):
             return f"a {kind.__module__}.{kind.__qualname__}"
         waiting.extend(child for child in module._modules.values() if child is not None)
     return None

@@ -32,6 +32,11 @@ def class_is_patched(kind: type[nn.Module]) -> bool:
     return False
 
 
+def is_defined_in(function: Any, module: str) -> bool:
+    """Whether a function is code of a module's file."""
+    return _file_of(function) == sys.modules[module].__file__
+
+
 def _file_of(function: Any) -> str:
     code = getattr(function, "__code__", None)
     return str(code.co_filename) if code is not None else ""

@@ -3,6 +3,7 @@
 The modules between the caller and the encoder are never swapped: transformers, accelerate and FSDP find models by their
 class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, which every model passes on. They do
 nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
+Called without keyword arguments they were given or taken away by ``fuse`` or ``unfuse`` during a call, and do nothing.
 """
 
 import inspect
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .encoder import REQUEST, CLSOnly, FusedEncoder, Request, layers_reason
+from .encoder import REQUEST, CLSOnly, FusedEncoder, Request, layers_reason, rows_reason
 from .families import PREFIXES
 from .genuine import class_is_patched, watch_reason
 
@@ -33,6 +34,8 @@ _READS: dict[str, Reads] = {
     "ForCausalLM": "all",
     "LMHeadModel": "all",
 }
+# The method of a model that makes its attention's mask of the caller's.
+_MASKS = "_create_attention_masks"
 # What a cross entropy of transformers' heads leaves out.
 _IGNORED_LABEL = -100
 
@@ -61,7 +64,7 @@ def places(model: nn.Module) -> Iterator[Place]:
     """Every encoder of a supported family in ``model`` whose model is in there as well."""
     modules = dict(model.named_modules())
     for name, base in modules.items():
-        if _known(base) != "Model":
+        if _kind(base) != "Model":
             continue
         above = [modules[outer] for outer in _outer(name)]
         heads = [module for module in above if isinstance(module, PreTrainedModel)]
@@ -84,6 +87,11 @@ def _outer(name: str) -> list[str]:
 
 def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
     config: Any = base.config
+    for module in (base, cast(nn.Module, base.encoder)):
+        if _replaced(module):
+            return f"{type(module).__name__} has a forward of its own"
+    if cast(nn.Module, base.encoder)._forward_pre_hooks:
+        return "hooks before it may change its mask"
     if not isinstance(base.encoder, FusedEncoder) and _known(base.encoder) != "Encoder":
         return f"it is a {type(base.encoder).__name__} of another kind"
     if config.is_decoder or config.add_cross_attention:
@@ -155,9 +163,13 @@ def reads_of(head: nn.Module) -> Reads | None:
     reader = getattr(head, "classifier", None)
     summary: Any = getattr(head, "sequence_summary", None)
     if kind == "ForSequenceClassification" and getattr(base, "pooler", None) is None:
-        return "first" if _known(reader) == "ClassificationHead" and not _replaced(reader) else "all"
+        return "first" if _known(reader) == "ClassificationHead" else "all"
     if kind == "ForMultipleChoice" and summary is not None:
         return "first" if summary.summary_type == "first" else "all"
+    if reads == "tokens" and any(
+        rows_reason(child) is not None for child in head._modules.values() if child is not None and child is not base
+    ):
+        return "all"
     return "all" if _pooler_reads(base) == "all" else reads
 
 
@@ -166,23 +178,30 @@ def _pooler_reads(base: nn.Module) -> Reads | None:
     pooler = getattr(base, "pooler", None)
     if pooler is None or getattr(pooler, "skip", False):
         return None
-    return "first" if _known(pooler) == "Pooler" and not _replaced(pooler) else "all"
+    return "first" if _known(pooler) == "Pooler" else "all"
 
 
 def _known(module: Any) -> str | None:
-    """The name, less the family's prefix, of the class of transformers whose ``forward`` a module runs; else None."""
+    """As ``_kind``, but None if the module itself was given another ``forward``."""
+    return _kind(module) if module is not None and not _replaced(module) else None
+
+
+def _kind(module: Any) -> str | None:
+    """The name, less the family's prefix, of the class of transformers whose ``forward`` a module's class has."""
     kind: Any = type(module)
     for original in kind.__mro__:
         prefix = PREFIXES.get(original.__module__)
         if prefix is not None:
             ours = kind.__module__.startswith("bert_fused.")
             same = (kind.forward is original.forward or ours) and not class_is_patched(original)
+            same = same and getattr(kind, _MASKS, None) is getattr(original, _MASKS, None)
             return original.__name__.removeprefix(prefix) if same else None
     return None
 
 
 def _replaced(module: Any) -> bool:
-    return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
+    attributes = module.__dict__
+    return "forward" in attributes or "_hf_hook" in attributes or _MASKS in attributes
 
 
 def _base_of(head: nn.Module) -> nn.Module | None:
@@ -190,8 +209,10 @@ def _base_of(head: nn.Module) -> nn.Module | None:
     return base if _known(base) == "Model" else None
 
 
-def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Forward pre-hook of a model without a head: make the request, from the caller's mask and what a head reads."""
+    if kwargs is None:
+        return None
     if _known(base) != "Model" or not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
         return None
     kwargs = dict(kwargs)
@@ -199,8 +220,10 @@ def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs | ({REQUEST: request} if request is not None else {})
 
 
-def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Forward pre-hook of a model with a head: say what it reads. ``tell_of_base`` makes a request of it."""
+    if kwargs is None:
+        return None
     base = _base_of(head)
     if base is None or not isinstance(base.encoder, FusedEncoder) or not _is_last(head, tell_of_head):
         return None
@@ -208,8 +231,12 @@ def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs | {REQUEST: _reads_now(head, labels, argument(head, "attention_mask", args, kwargs))}
 
 
-def tell_of_sentence_transformer(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def tell_of_sentence_transformer(
+    wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Any:
     """The same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
+    if kwargs is None:
+        return None
     model = _wrapped(wrapper)
     if model is None or not args or not isinstance(args[0], Mapping):
         return None
@@ -261,6 +288,9 @@ def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | 
     pooler_reads = _pooler_reads(base)
     if not isinstance(encoder, FusedEncoder) or "all" in (head_reads, pooler_reads):
         return None
+    # Either may hand on another mask than the caller's.
+    if _replaced(encoder) or encoder._forward_pre_hooks:
+        return None
     # Another thread may give the encoder its class back meanwhile.
     unpad, cls_only = getattr(encoder, "unpad", False), getattr(encoder, "cls_only", False)
     if cls_only == "auto":
@@ -283,7 +313,8 @@ def _is_watched(head: nn.Module) -> bool:
 
 def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
     """Whether no later pre-hook can change the arguments that ``hook`` has seen."""
-    return list(module._forward_pre_hooks.values())[-1] is hook
+    hooks = list(module._forward_pre_hooks.values())
+    return bool(hooks) and hooks[-1] is hook
 
 
 # Where a class's ``forward`` takes which argument, not counting ``self``.

@@ -1,15 +1,18 @@
 """When a fused encoder packs, when it runs dense, and that the results are Hugging Face's either way."""
 
 import copy
+import functools
 import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from encoders import build, difference, inputs_of, mask_of, watched
 from torch import nn
 from transformers import AttentionInterface
+from transformers.models.bert import modeling_bert
 
 from bert_fused import fuse, packing, verify
 
@@ -198,6 +201,50 @@ def test_a_later_pre_hook_that_changes_the_mask() -> None:
     assert compare(ours, theirs, batch_of()) == []
 
 
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("cls_only", [False, "auto"])
+def test_a_pre_hook_on_the_encoder_that_changes_the_mask(name, cls_only) -> None:
+    theirs = build(name)
+    ours = copy.deepcopy(theirs)
+    fuse(ours, unpad=True, cls_only=cls_only)
+
+    def change(module, args, kwargs):
+        return args, kwargs | {"attention_mask": mask_of("interior").bool()[:, None, None].expand(4, 1, 7, 7)}
+
+    handles = [m.base_model.encoder.register_forward_pre_hook(change, with_kwargs=True) for m in (ours, theirs)]
+    assert compare(ours, theirs, batch_of()) == []
+    report = fuse(ours, unpad=True, cls_only=cls_only)
+    assert "may change its mask" in next(reason for at, reason in report.skipped.items() if at.endswith("encoder"))
+    for handle in handles:
+        handle.remove()
+    fuse(ours, unpad=True)
+    assert compare(ours, theirs, batch_of(), KEEP) == PACKED
+
+
+def ignore_the_mask(self, attention_mask, encoder_attention_mask, **kwargs):
+    return None, encoder_attention_mask
+
+
+class Unmasked(transformers.BertModel):
+    """Its ``forward`` is inherited."""
+
+    _create_attention_masks = ignore_the_mask
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_masks_made_by_a_method_of_ones_own(where) -> None:
+    ours, theirs = pair()
+    if where == "class":
+        theirs = Unmasked(ours.config).eval()
+        theirs.load_state_dict(ours.state_dict())
+        ours = copy.deepcopy(theirs)
+        fuse(ours, unpad=True)
+    else:
+        for model in (ours, theirs):
+            model._create_attention_masks = functools.partial(ignore_the_mask, model)
+    assert compare(ours, theirs, batch_of()) == []
+
+
 def test_the_model_under_a_head_called_directly_is_unchanged() -> None:
     ours, theirs = pair("BertForSequenceClassification")
     fuse(ours, cls_only="auto")
@@ -300,6 +347,28 @@ def test_attention_of_the_users_own_runs_dense(cls_only) -> None:
     fuse(ours, unpad=True, cls_only=cls_only)
     assert compare(ours, theirs, batch_of()) == []
     del AttentionInterface._global_mapping["of_my_own"]
+
+
+def uniform(module, query, key, value, attention_mask, **options):
+    return value.mean(2, keepdim=True).expand_as(value).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize("way", ["sdpa", "eager", "a registered eager"])
+def test_attention_replaced_under_its_own_name(way, cls_only, monkeypatch) -> None:
+    theirs = build("BertModel", way.split()[-1])
+    ours = copy.deepcopy(theirs)
+    fuse(ours, unpad=True, cls_only=cls_only)
+    if way == "eager":
+        monkeypatch.setattr(modeling_bert, "eager_attention_forward", uniform)
+    else:
+        monkeypatch.setitem(AttentionInterface._global_mapping, way.split()[-1], uniform)
+    assert compare(ours, theirs, batch_of()) == []
+    assert "is not transformers' own" in fuse(ours, unpad=True, cls_only=cls_only).skipped["encoder"]
+    monkeypatch.undo()
+    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
+    fuse(ours, unpad=True)
+    assert compare(ours, theirs, batch_of(), KEEP) == PACKED
 
 
 def test_autocast() -> None:

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bert_fused import fuse, fused, unfuse, verify
 from bert_fused.encoder import FusedEncoder
 from bert_fused.modules import original_class
 from bert_fused.packing import Packing
+from bert_fused.readers import tell_of_sentence_transformer
 
 NAME = "BertForSequenceClassification"
 MASK = mask_of("right")
@@ -304,6 +306,67 @@ def test_a_forward_replaced_on_a_class(part, monkeypatch) -> None:
     assert_works(ours, theirs, expected=[])
 
 
+def mean_instead(model: nn.Module) -> None:
+    """What is at padding has a say in the logits."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        hidden = self.bert(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return (self.classifier(hidden.mean(1)),)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def another_mask(module: nn.Module) -> None:
+    """More tokens than the caller said, for what runs below."""
+    theirs = type(module).forward
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            attention_mask = torch.ones_like(attention_mask)
+        return theirs(self, *args, attention_mask=attention_mask, **kwargs)
+
+    module.forward = types.MethodType(forward, module)
+
+
+def no_mask(module: nn.Module) -> None:
+    theirs = type(module).forward
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return theirs(self, hidden_states, None, **kwargs)
+
+    module.forward = types.MethodType(forward, module)
+
+
+REPLACED = {
+    "head": ("", mean_instead, "what BertForSequenceClassification reads of it is not known"),
+    "base": ("bert", another_mask, "BertModel has a forward of its own"),
+    "encoder": ("bert.encoder", no_mask, "BertEncoder has a forward of its own"),
+}
+
+
+@pytest.mark.parametrize("part", REPLACED)
+@pytest.mark.parametrize("cls_only", [False, "auto"])
+def test_a_forward_replaced_on_an_instance(part, cls_only) -> None:
+    where, replace, said = REPLACED[part]
+    ours, theirs = made(NAME, unpad=True, cls_only=cls_only), build(NAME)
+    for model in (ours, theirs):
+        replace(model.get_submodule(where))
+    assert_works(ours, theirs, expected=[])
+    unfuse(ours)
+    assert said in reason(ours, "bert.encoder", unpad=True, cls_only=cls_only)
+    assert_works(ours, theirs, expected=[])
+    del ours.get_submodule(where).forward
+    fuse(ours, unpad=True, cls_only="auto")
+    assert_works(ours, build(NAME))
+
+
+def test_accelerates_hooks_run_dense() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    ours, theirs = made(), build(NAME)
+    hooks.add_hook_to_module(ours, hooks.ModelHook())
+    assert_works(ours, theirs, expected=[])
+
+
 def test_a_layer_of_another_kind() -> None:
     class Quiet(nn.Module):
         def forward(self, hidden):
@@ -316,6 +379,72 @@ def test_a_layer_of_another_kind() -> None:
         mine = ours(**inputs_of("BertModel", MASK))
     assert shapes == []
     assert torch.equal(mine[0], theirs(**inputs_of("BertModel", MASK))[0])
+
+
+class Neighbours(nn.LSTM):
+    """As wide as its input, and its output alone."""
+
+    __module__ = nn.LSTM.__module__
+
+    def __init__(self, width=32):
+        super().__init__(32, width // 2, bidirectional=True, batch_first=True)
+
+    def forward(self, hidden):
+        return super().forward(hidden)[0]
+
+
+# Modules of torch that take a layer's hidden states and mix tokens, and sequences, or take other dimensions for them.
+MIXING = {
+    "LSTM": Neighbours,
+    "convolution": lambda: nn.Conv1d(7, 7, 3, padding=1),
+    "pooling": lambda: nn.AvgPool2d((3, 1), 1, (1, 0)),
+    "softmax": lambda: nn.Softmax(-2),
+    "group norm": lambda: nn.GroupNorm(1, 7),
+    "channels of an activation": lambda: nn.PReLU(7),
+    "channels of dropout": lambda: nn.Dropout1d(0.0),
+}
+
+
+@pytest.mark.parametrize("part", MIXING)
+def test_modules_of_torch_that_mix_tokens_in_a_layer(part) -> None:
+    ours, theirs = made("BertModel"), build("BertModel")
+    torch.manual_seed(0)
+    mixing = MIXING[part]()
+    for model in (ours, theirs):
+        model.encoder.layer[0].output.dropout = mixing
+    assert_works(ours, theirs, "BertModel", expected=[])
+    assert type(mixing).__name__ in reason(ours, "encoder")
+
+
+READERS = {
+    "BertForTokenClassification": ("classifier", 2),
+    "ElectraForTokenClassification": ("dropout", 32),
+    "BertForMaskedLM": ("cls.predictions.transform", 32),
+    "RobertaForMaskedLM": ("lm_head.layer_norm", 32),
+    "ElectraForPreTraining": ("discriminator_predictions.dense", 32),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_heads_over_tokens_that_mix_them(name, when) -> None:
+    ours, theirs = build(name), build(name)
+    where, width = READERS[name]
+    torch.manual_seed(0)
+    mixing = Neighbours(width)
+    theirs.set_submodule(where, mixing)
+    if when == "before":
+        ours.set_submodule(where, mixing)
+    report = fuse(ours, unpad=True)
+    said = report.skipped.get(f"{ours.base_model_prefix}.encoder", "")
+    assert ("reads padded positions" in said) == (when == "before")
+    ours.set_submodule(where, mixing)
+    keep = MASK.bool()
+    batch = inputs_of(name, MASK)
+    with watched() as shapes:
+        mine = ours(**batch)[0][keep]
+    assert shapes == []
+    assert difference(mine, theirs(**batch)[0][keep]) <= 1e-5
 
 
 def test_skipped_pooler() -> None:
@@ -376,6 +505,47 @@ def test_threads_share_a_model() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("where", ["", "bert", "bert.embeddings"])
+def test_unfused_during_a_call(where, attention) -> None:
+    """As another thread would, between any two steps of the call."""
+    model, theirs = build(NAME, attention), build(NAME, attention)
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(module)
+        unfuse(model)
+
+    model.get_submodule(where).register_forward_pre_hook(interrupt)
+    fuse(model, unpad=True, cls_only="auto")
+    assert_works(model, theirs, expected=[])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("where", ["", "bert"])
+def test_a_hook_asked_after_all_hooks_were_taken(where) -> None:
+    """The hook was looked up before ``unfuse`` in another thread, which has not come to the encoder's class yet."""
+    model = made()
+    module = model.get_submodule(where)
+    (hook,) = module._forward_pre_hooks.values()
+    unfuse(model)
+    model.bert.encoder.__class__ = FusedEncoder
+    assert hook(module, (), inputs_of(NAME, MASK)) is None
+    assert hook(module, ()) is None
+
+
+def test_fused_during_a_call() -> None:
+    """``fuse`` enters a hook before it is known that the hook takes keyword arguments."""
+    model, theirs = made(), build(NAME)
+    for module in (model, model.bert):
+        module._forward_pre_hooks_with_kwargs.clear()
+    assert_works(model, theirs, expected=[])
+
+
+def test_sentence_transformers_hook_without_keyword_arguments() -> None:
+    assert tell_of_sentence_transformer(nn.Identity(), ({},)) is None
 
 
 def test_original_class_of_an_encoder() -> None:
