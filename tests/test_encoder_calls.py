@@ -254,6 +254,20 @@ def test_the_model_under_a_head_called_directly_is_unchanged() -> None:
     assert compare(ours, theirs, batch_of()) == []
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_position_0_sees_what_its_own_row_of_the_mask_says(attention) -> None:
+    theirs = build("BertModel", attention)
+    ours = copy.deepcopy(theirs)
+    fuse(ours, cls_only=True)
+    causal = torch.ones(4, 1, 7, 7).tril()
+    mask = torch.where(causal.bool(), 0.0, torch.finfo(torch.float32).min)
+    batch = {"input_ids": batch_of()["input_ids"], "attention_mask": mask}
+    with watched() as shapes:
+        mine = ours(**batch).last_hidden_state
+    assert shapes == [(4, 1)]
+    assert difference(mine, theirs(**batch).last_hidden_state[:, :1]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["BertModel", "ElectraModel"])
 @pytest.mark.parametrize("unpad", [False, True])
 def test_cls_only_on_request(name, unpad) -> None:
