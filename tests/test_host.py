@@ -44,7 +44,8 @@ def test_the_figures_and_the_gate(tmp_path: Path) -> None:
 def test_the_budgets_hold(tmp_path: Path) -> None:
     """Other work on the machine can make one run slower, and hardly three.
 
-    With gradients the budget of 1.00 is met by a hair or missed by one (0.97 to 1.01): a tenth above it is a regression.
+    With gradients the budget of 1.00 is met by a hair or missed by one (0.97 to 1.01); a tenth above it is a
+    regression.
     """
     for _ in range(3):
         _, figures = run(tmp_path / "host.json", "--rounds", "150")
