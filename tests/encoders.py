@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 import transformers
-from models import SIZES
+from models import SIZES, drawn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,14 +38,7 @@ def build(name: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel
     torch.manual_seed(0)
     no_dropout = {"summary_last_dropout": 0.0} if name == "ElectraForMultipleChoice" else {}
     config = kind.config_class(**(SIZES | no_dropout | changes))
-    model = kind._from_config(config, attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.mul_(4.0)
-    return model.eval()
+    return drawn(kind._from_config(config, attn_implementation=attention)).eval()
 
 
 def mask_of(pattern: str) -> Tensor:

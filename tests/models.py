@@ -55,14 +55,18 @@ FAMILIES = {
 def make(kind: type[PreTrainedModel] = BertModel, **changes: object) -> PreTrainedModel:
     """A model in eval mode. Biases are drawn as well: Hugging Face's are zero, and hide a missing one."""
     torch.manual_seed(0)
-    model = kind(FAMILIES[kind][0](**(SIZES | changes)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.mul_(4.0)
-    return model.eval()
+    return drawn(kind(FAMILIES[kind][0](**(SIZES | changes)))).eval()
+
+
+@torch.no_grad()
+def drawn(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with other weights than a fresh one's, biases among them."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        else:
+            parameter.mul_(4.0)
+    return model
 
 
 def inputs(rows: int = 3, length: int = 7) -> dict[str, Tensor]:
