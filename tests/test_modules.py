@@ -182,7 +182,7 @@ def test_families_forward_and_backward(kind) -> None:
     assert sum(name.endswith("intermediate") for name in report.fused) == intermediates
     assert sum(name.endswith("pooler") for name in report.fused) == poolers
     assert not report.skipped
-    assert set(report.paths.values()) == {"Triton"}
+    assert all(path.startswith("Triton") for path in report.paths.values())
 
     batch = inputs()
     ours, theirs = model(**batch), eager(**batch)
