@@ -70,7 +70,7 @@ def _block(method: str, chain: str) -> Block:
     return Block(method, first, dropout, linear, activation, tuple(rest))
 
 
-_BLOCKS = {
+_BLOCKS: dict[tuple[str, tuple[str, ...] | None], Block] = {
     (method, tuple(chain.split())): _block(method, chain) for method, chains in _CHAINS.items() for chain in chains
 }
 INTERMEDIATE = _BLOCKS["forward", ("dense", "intermediate_act_fn")]
@@ -81,13 +81,14 @@ def block_of(kind: type) -> Block | None:
     """What a class of transformers computes, if that can be fused; None for all other classes, subclasses included."""
     if not _is_block_class(kind):
         return None
-    for method in _CHAINS:
-        function = getattr(kind, method, None)
-        if is_defined_in(function, kind.__module__):
-            block = _BLOCKS.get((method, chain_of(function) or ()))
-            if block is not None:
-                return block
-    return None
+    functions = {method: getattr(kind, method, None) for method in _CHAINS}
+    own = {method: function for method, function in functions.items() if is_defined_in(function, kind.__module__)}
+    return block_in({method: chain_of(function) for method, function in own.items()})
+
+
+def block_in(chains: dict[str, tuple[str, ...] | None]) -> Block | None:
+    """The block of a class whose methods are these chains."""
+    return next((_BLOCKS[item] for item in chains.items() if item in _BLOCKS), None)
 
 
 def lookalike_reason(module: nn.Module) -> str | None:

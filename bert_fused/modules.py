@@ -284,7 +284,8 @@ def fused_class(original: type) -> Any:
         bases: tuple[type, ...] = {INTERMEDIATE: (_FusedIntermediate,), POOLER: (_FusedPooler,)}.get(block, ())
         own = {} if bases else {block.method: _fused_method(original, block)}
         _make(original, bases, {"block": block, "__doc__": f"``{original.__name__}`` in one kernel."} | own)
-    return _counterparts[original]
+    made = _counterparts[original]
+    return made if made.block is not None else None
 
 
 def fused_encoder_class(original: type) -> Any:
@@ -295,7 +296,11 @@ def fused_encoder_class(original: type) -> Any:
         # Imported here because it needs parts of transformers that the fused modules do without.
         from .encoder import FusedEncoder
 
-        _make(original, (FusedEncoder,), {"__doc__": f"``{original.__name__}`` without work that nobody reads."})
+        _make(
+            original,
+            (FusedEncoder,),
+            {"block": None, "__doc__": f"``{original.__name__}`` without work that nobody reads."},
+        )
     return _counterparts[original]
 
 
