@@ -99,8 +99,9 @@ def step_aside_reason(module: nn.Module, block: Block) -> str | None:
 
     For the report of ``fuse``. Every call looks again, since users add adapters, hooks and quantised layers any time.
     """
-    if block.method in module.__dict__:
-        return f"its {block.method} was replaced on the instance"
+    for name in ("forward", block.method):
+        if name in module.__dict__:
+            return f"its {name} was replaced on the instance"
     original = original_class(module) or type(module)
     if class_is_patched(original) or not is_defined_in(getattr(original, block.method), original.__module__):
         return "its class's forward was replaced"

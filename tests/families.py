@@ -93,7 +93,10 @@ def tiny(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 def check(folder: str, classes: dict[str, Block]) -> dict[str, str]:
     """Class -> how it was checked: inside a "model", or as a "module", or why it was not."""
-    homes = [importlib.import_module(f"transformers.models.{folder}.{p.stem}") for p in (MODELS / folder).glob("modeling_*.py")]
+    homes = [
+        importlib.import_module(f"transformers.models.{folder}.{p.stem}")
+        for p in (MODELS / folder).glob("modeling_*.py")
+    ]
     kinds = {name: vars(home)[name] for home in homes for name in classes if name in vars(home)}
     verdicts: dict[str, str] = {}
     configs = []
@@ -118,17 +121,21 @@ def check(folder: str, classes: dict[str, Block]) -> dict[str, str]:
                 verdicts[name] = check_module(module, classes[name])
         try:
             called = check_model(model)
-        except Differs as e: print('  DIFFERS', model_class.__name__, e); continue
+        except Differs as e:
+            print("  DIFFERS", model_class.__name__, e)
+            continue
         except Exception as e:
             print("   run", model_class.__name__, type(e).__name__, str(e)[:150])
             continue
         verdicts |= {name: "model" for name in instances if kinds[name] in called}
     for home in homes:
         for k in vars(home).values():
-            if isinstance(k,type) and issubclass(k, PreTrainedConfig) and k is not PreTrainedConfig:
+            if isinstance(k, type) and issubclass(k, PreTrainedConfig) and k is not PreTrainedConfig:
                 for make in (tiny, lambda k: k()):
-                    try: configs.append(make(k))
-                    except Exception: pass
+                    try:
+                        configs.append(make(k))
+                    except Exception:
+                        pass
     configs += [sub for config in configs for sub in vars(config).values() if isinstance(sub, PreTrainedConfig)]
     for name in kinds.keys() - verdicts.keys():
         for config in configs:
@@ -150,14 +157,16 @@ def model_classes(homes: list[ModuleType]) -> list[type[PreTrainedModel]]:
         for value in vars(home).values()
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == home.__name__
     ]
-    concrete = [kind for kind in kinds if kind.config_class is not None and not kind.__name__.endswith("PreTrainedModel")]
+    concrete = [
+        kind for kind in kinds if kind.config_class is not None and not kind.__name__.endswith("PreTrainedModel")
+    ]
     return sorted(concrete, key=lambda kind: not kind.__name__.endswith("Model"))
 
 
 def check_module(module: nn.Module, block: Block) -> str:
     """Compare one module on random hidden states."""
     ours, theirs = copy.deepcopy(module), copy.deepcopy(module)
-    for parameter in ours.parameters(): 
+    for parameter in ours.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     theirs.load_state_dict(ours.state_dict())
     report = fuse(ours)
@@ -176,7 +185,11 @@ def check_model(model: nn.Module) -> set[type[nn.Module]]:
     ours = copy.deepcopy(model)
     fuse(ours)
     called: set[type[nn.Module]] = set()
-    handles = [m.register_forward_hook(lambda m, *_: called.add(original_class(m))) for m in ours.modules() if original_class(m)]
+    handles = [
+        m.register_forward_hook(lambda m, *_: called.add(original_class(m)))
+        for m in ours.modules()
+        if original_class(m)
+    ]
     compare(ours, model, lambda m: m(**batch))
     return called
 
@@ -209,33 +222,38 @@ def compare(ours: nn.Module, theirs: nn.Module, call: Callable[[nn.Module], Any]
         loss.backward()
         gradients.append([p.grad for p in module.parameters()])
     for mine, other in zip(*results, strict=True):
-        if not close(mine, other, 1e-4, 0): raise Differs(f"out {float((mine-other).abs().max())} {float(other.abs().max())}")
+        if not close(mine, other, 1e-4, 0):
+            raise Differs(f"out {float((mine - other).abs().max())} {float(other.abs().max())}")
     largest = max(float(g.abs().max()) for g in gradients[1] if g is not None)
     for (name, p), mine, other in zip(theirs.named_parameters(), *gradients, strict=True):
-        if (mine is None) != (other is None): raise Differs(name)
-        if other is not None and not close(mine, other, 1e-3, 1e-4 * largest): raise Differs(f"{name} {float((mine-other).abs().max())} {float(other.abs().max())} {largest}")
+        if (mine is None) != (other is None):
+            raise Differs(name)
+        if other is not None and not close(mine, other, 1e-3, 1e-4 * largest):
+            raise Differs(f"{name} {float((mine - other).abs().max())} {float(other.abs().max())} {largest}")
 
 
 def close(mine: Tensor, other: Tensor, relative: float, absolute: float) -> bool:
     error = (mine - other).abs()
-    error = error.masked_fill((mine==other)|(mine.isnan()&other.isnan()), 0.)
-    return float(error.max()) <= relative * float(other.abs().nan_to_num(0,0,0).max()) + absolute
+    error = error.masked_fill((mine == other) | (mine.isnan() & other.isnan()), 0.0)
+    return float(error.max()) <= relative * float(other.abs().nan_to_num(0, 0, 0).max()) + absolute
 
 
 def main(argv):
     import time, collections
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     count = collections.Counter()
     for folder, classes in known().items():
-        if argv and folder not in argv: continue
+        if argv and folder not in argv:
+            continue
         t = time.time()
         try:
             v = check(folder, classes)
         except Exception as e:
             v = {"": f"{type(e).__name__} {e}"[:300]}
-        count.update(x if x in("model","module") else "other" for x in v.values())
-        print(folder, v, f"{time.time()-t:.1f}", flush=True)
+        count.update(x if x in ("model", "module") else "other" for x in v.values())
+        print(folder, v, f"{time.time() - t:.1f}", flush=True)
     print(count)
 
 
