@@ -15,6 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 import torch
 import transformers
 from models import drawn
+from numerics import prepared
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
@@ -48,214 +50,270 @@ SIZES = {
     r"image_size": 32,
     r"patch_size": 8,
 }
+# Where the defaults do not do.
+SETTINGS = {"esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 2}}
+# Arguments of classes that take more than a configuration.
+ARGUMENTS = {"dim": 32, "input_dim": 32, "inner_dim": 32, "num_classes": 3, "pooler_dropout": 0.0}
+
+# Of fp32 results, relative to the largest.
+TOLERANCE = 1e-5
+
+# Names of classes of which a user may expect that they are fused.
+_EXPECTED = re.compile("(Intermediate|Pooler|MLP|Mlp|FFN|FeedForward|PredictionHeadTransform|ClassificationHead)$")
 
 
-class Differs(Exception):
-    """Fused is not what unfused is."""
+@dataclass
+class Folder:
+    """A folder of transformers' models.
+
+    types: the model types whose models are in it. blocks: class -> block, of those that can be fused. others: class ->
+        why not, of those of which it may be expected.
+    """
+
+    name: str
+    types: list[str]
+    blocks: dict[str, Block] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
 
-def methods_of(definition: ast.ClassDef) -> dict[str, ast.FunctionDef]:
-    return {statement.name: statement for statement in definition.body if isinstance(statement, ast.FunctionDef)}
+def folders() -> Iterator[Folder]:
+    """Every folder with models."""
+    for name in sorted({model_type_to_module_name(model_type) for model_type in CONFIG_MAPPING_NAMES}):
+        if any((MODELS / name).glob("modeling_*.py")):
+            yield read(name)
 
 
-def classes_of(folder: str) -> Iterator[tuple[str, ast.ClassDef]]:
-    """Every class in a folder's files of models, with the file's name. Nothing is imported."""
-    for path in sorted((MODELS / folder).glob("modeling_*.py")):
-        for definition in ast.parse(path.read_text()).body:
+def read(name: str) -> Folder:
+    """What the text of a folder's files says: nothing of it is imported."""
+    folder = Folder(name, [kind for kind in CONFIG_MAPPING_NAMES if model_type_to_module_name(kind) == name])
+    for file in sorted((MODELS / name).glob("modeling_*.py")):
+        for definition in ast.parse(file.read_text()).body:
             if isinstance(definition, ast.ClassDef):
-                yield path.stem, definition
+                _put(folder, definition)
+    return folder
 
 
-def known() -> dict[str, dict[str, Block]]:
-    """Folder -> class -> block, of every class of transformers that can be fused."""
-    table: dict[str, dict[str, Block]] = {}
-    for folder in sorted(path.name for path in MODELS.iterdir() if path.is_dir()):
-        for _, definition in classes_of(folder):
-            block = block_in({name: read_chain(method) for name, method in methods_of(definition).items()})
-            if block is not None:
-                table.setdefault(folder, {})[definition.name] = block
-    return table
+def _put(folder: Folder, definition: ast.ClassDef) -> None:
+    methods = {method.name: method for method in definition.body if isinstance(method, ast.FunctionDef)}
+    block = block_in({name: read_chain(method) for name, method in methods.items()})
+    if block is not None:
+        folder.blocks[definition.name] = block
+    elif _EXPECTED.search(definition.name) and "forward" in methods:
+        chain = read_chain(methods["forward"])
+        products = [n for n in ast.walk(methods["forward"]) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult)]
+        gated = any(isinstance(product.left, ast.Call) or isinstance(product.right, ast.Call) for product in products)
+        folder.others[definition.name] = " > ".join(chain) if chain else "gated" if gated else "other code"
 
 
-def tiny(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A small configuration: the class's default, with the integers of ``SIZES``."""
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+def check(folder: Folder) -> dict[str, str]:
+    """Class -> how it was checked, inside a "model" or "alone", or in other words why it was not."""
+    files = sorted((MODELS / folder.name).glob("modeling_*.py"))
+    homes = [importlib.import_module(f"transformers.models.{folder.name}.{file.stem}") for file in files]
+    kinds = {name: vars(home)[name] for home in homes for name in folder.blocks if name in vars(home)}
+    verdicts: dict[str, str] = {}
+    for model in models(homes, SETTINGS.get(folder.name, {})):
+        inside = {name: module for module in model.modules() for name, kind in kinds.items() if type(module) is kind}
+        for name in inside.keys() - verdicts.keys():
+            verdicts[name] = check_alone(inside[name], folder.blocks[name])
+        if any(verdicts[name] == "alone" for name in inside):
+            called, difference = check_model(model)
+            verdicts |= {name: difference or "model" for name in inside if kinds[name] in called}
+        if set(verdicts.values()) == {"model"} and verdicts.keys() == kinds.keys():
+            break
+    for name in kinds.keys() - verdicts.keys():
+        module = built(kinds[name], homes)
+        verdicts[name] = (
+            check_alone(module, folder.blocks[name]) if module is not None else "in no model that was built"
+        )
+    return verdicts
+
+
+def models(homes: list[ModuleType], settings: dict[str, Any]) -> Iterator[PreTrainedModel]:
+    """The models of some files that can be built tiny, those without a head first."""
+    kinds = [kind for home in homes for kind in vars(home).values() if _is_own(kind, home, PreTrainedModel)]
+    for kind in sorted(kinds, key=lambda kind: not kind.__name__.endswith("Model")):
+        if kind.config_class is not None and not kind.__name__.endswith("PreTrainedModel"):
+            model = _tried(lambda kind=kind: kind(tiny(kind.config_class, settings)))
+            if model is not None:
+                yield drawn(model).eval()
+
+
+def built(kind: type[nn.Module], homes: list[ModuleType]) -> nn.Module | None:
+    """A module by itself, from the first configuration that it takes: a tiny one, or a default one."""
+    values = [value for home in homes for value in vars(home).values() if isinstance(value, type)]
+    classes = [value for value in values if issubclass(value, PreTrainedConfig) and value is not PreTrainedConfig]
+    names = inspect.signature(kind).parameters
+    for make in (tiny, lambda config_class: config_class()):
+        configs = [config for config in (_tried(make, config_class) for config_class in classes) if config is not None]
+        parts = [part for config in configs for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+        for config in (*configs, *parts):
+            given = ARGUMENTS | {"config": config}
+            module = _tried(lambda given=given: kind(**{name: given[name] for name in names if name in given}))
+            if module is not None:
+                return module.eval()
+    return None
+
+
+def tiny(kind: type[PreTrainedConfig], settings: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """A small configuration: the class's default with the numbers of ``SIZES``."""
 
     def shrunk(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: shrunk(key, item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [shrunk(name, item) for item in value]
         if isinstance(value, int) and not isinstance(value, bool):
-            small = (size for ending, size in SIZES.items() if re.search(f"({ending})$", name))
-            return min(value, next(small, value))
+            return min(value, next((size for ending, size in SIZES.items() if re.search(f"({ending})$", name)), value))
         return value
 
-    return kind.from_dict({name: shrunk(name, value) for name, value in kind().to_dict().items()})
-
-
-def check(folder: str, classes: dict[str, Block]) -> dict[str, str]:
-    """Class -> how it was checked: inside a "model", or as a "module", or why it was not."""
-    homes = [
-        importlib.import_module(f"transformers.models.{folder}.{p.stem}")
-        for p in (MODELS / folder).glob("modeling_*.py")
-    ]
-    kinds = {name: vars(home)[name] for home in homes for name in classes if name in vars(home)}
-    verdicts: dict[str, str] = {}
-    configs = []
-    for model_class in model_classes(homes):
-        waiting = [name for name in kinds if verdicts.get(name) != "model"]
-        if not waiting:
-            break
-        try:
-            config = tiny(model_class.config_class)
-            configs.append(config)
-            torch.manual_seed(0)
-            model = drawn(model_class(config)).eval()
-        except Exception as e:
-            print("   build", model_class.__name__, type(e).__name__, str(e)[:150])
-            continue
-        instances = {name: next((m for m in model.modules() if type(m) is kinds[name]), None) for name in waiting}
-        instances = {name: module for name, module in instances.items() if module is not None}
-        if not instances:
-            continue
-        for name, module in instances.items():
-            if name not in verdicts:
-                verdicts[name] = check_module(module, classes[name])
-        try:
-            called = check_model(model)
-        except Differs as e:
-            print("  DIFFERS", model_class.__name__, e)
-            continue
-        except Exception as e:
-            print("   run", model_class.__name__, type(e).__name__, str(e)[:150])
-            continue
-        verdicts |= {name: "model" for name in instances if kinds[name] in called}
-    for home in homes:
-        for k in vars(home).values():
-            if isinstance(k, type) and issubclass(k, PreTrainedConfig) and k is not PreTrainedConfig:
-                for make in (tiny, lambda k: k()):
-                    try:
-                        configs.append(make(k))
-                    except Exception:
-                        pass
-    configs += [sub for config in configs for sub in vars(config).values() if isinstance(sub, PreTrainedConfig)]
-    for name in kinds.keys() - verdicts.keys():
-        for config in configs:
-            try:
-                module = kinds[name](config).eval()
-            except Exception as e:
-                verdicts.setdefault(name, f"not built: {type(e).__name__}: {e}"[:100])
-                continue
-            verdicts[name] = check_module(module, classes[name])
-            break
-    return verdicts
-
-
-def model_classes(homes: list[ModuleType]) -> list[type[PreTrainedModel]]:
-    """The models of some files, those without a head first."""
-    kinds = [
-        value
-        for home in homes
-        for value in vars(home).values()
-        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == home.__name__
-    ]
-    concrete = [
-        kind for kind in kinds if kind.config_class is not None and not kind.__name__.endswith("PreTrainedModel")
-    ]
-    return sorted(concrete, key=lambda kind: not kind.__name__.endswith("Model"))
-
-
-def check_module(module: nn.Module, block: Block) -> str:
-    """Compare one module on random hidden states."""
-    ours, theirs = copy.deepcopy(module), copy.deepcopy(module)
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    theirs.load_state_dict(ours.state_dict())
-    report = fuse(ours)
-    if "" not in report.fused:
-        return report.skipped[""]
-    width = getattr(ours, block.linear).in_features
-    hidden = torch.randn(2, 5, width)
-    compare(ours, theirs, lambda m: getattr(m, block.method)(hidden))
-    return "module"
-
-
-def check_model(model: nn.Module) -> set[type[nn.Module]]:
-    """Compare a whole model, and return the classes of the fused modules that were called."""
-    batch = inputs(model)
-    theirs = model(**batch)
-    ours = copy.deepcopy(model)
-    fuse(ours)
-    called: set[type[nn.Module]] = set()
-    handles = [
-        m.register_forward_hook(lambda m, *_: called.add(original_class(m)))
-        for m in ours.modules()
-        if original_class(m)
-    ]
-    compare(ours, model, lambda m: m(**batch))
-    return called
+    return kind.from_dict({name: shrunk(name, value) for name, value in kind().to_dict().items()} | (settings or {}))
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    names = inspect.signature(model.forward).parameters
-    config = model.config
-    vision = getattr(config, "vision_config", config)
+    """What many models take, as far as this one has arguments of these names."""
+    vision = getattr(model.config, "vision_config", model.config)
     size = getattr(vision, "image_size", 32)
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    text = torch.randint(3, 20, (2, 7))
-    everything = {
-        "input_ids": text,
-        "decoder_input_ids": text,
+    height, width = (size, size) if isinstance(size, int) else size
+    ids = torch.arange(3, 17).view(2, 7)
+    batch = {
+        "input_ids": ids,
+        "decoder_input_ids": ids,
         "bbox": torch.zeros(2, 7, 4, dtype=torch.long),
-        "pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), *size),
+        "pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), height, width),
         "input_values": torch.randn(2, 4000),
     }
-    return {name: value for name, value in everything.items() if name in names}
+    return {name: value for name, value in batch.items() if name in inspect.signature(model.forward).parameters}
 
 
-def compare(ours: nn.Module, theirs: nn.Module, call: Callable[[nn.Module], Any]) -> None:
-    results, gradients = [], []
-    for module in (ours, theirs):
-        module.zero_grad()
+def check_alone(module: nn.Module, block: Block) -> str:
+    """Compare a module on random hidden states: "alone", or why it was not fused."""
+    theirs = copy.deepcopy(module)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    ours = copy.deepcopy(theirs)
+    report = fuse(ours)
+    if "" not in report.fused:
+        return report.skipped[""]
+    hidden = torch.randn(2, 5, getattr(ours, block.linear).in_features)
+    return _difference(*(run(getattr(m, block.method), m, hidden) for m in (ours, theirs))) or "alone"
+
+
+def check_model(model: PreTrainedModel) -> tuple[set[type[nn.Module] | None], str | None]:
+    """Compare a whole model: the classes of the fused modules that it called, none if it wants other inputs."""
+    ours, batch = _tried(copy.deepcopy, model), _tried(inputs, model)
+    theirs = _tried(lambda: run(model, model, **batch))
+    if ours is None or theirs is None:
+        return set(), None
+    fuse(ours)
+    called: set[type[nn.Module] | None] = set()
+    for module in ours.modules():
+        module.register_forward_hook(lambda module, *_: called.add(original_class(module)))
+    return called, _difference(run(ours, ours, **batch), theirs)
+
+
+def run(call: Callable[..., Any], module: nn.Module, *args: Tensor, **kwargs: Tensor) -> list[list[Tensor | None]]:
+    """The output tensors, and the gradient of each parameter or None."""
+    torch.manual_seed(0)
+    outputs = [tensor for _, tensor in _tensors(call(*args, **kwargs))]
+    losses = [(out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs if out.requires_grad]
+    torch.stack(losses).sum().backward()
+    return [[out.detach() for out in outputs], [parameter.grad for parameter in module.parameters()]]
+
+
+def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None]]) -> str | None:
+    """What is wrong, or None if outputs and gradients are the same but for fp32's rounding."""
+    for what, mine, other in zip(("outputs", "gradients"), ours, theirs, strict=True):
+        if [tensor is None for tensor in mine] != [tensor is None for tensor in other]:
+            return f"DIFFERS: other {what}"
+        pairs = [(m, o) for m, o in zip(mine, other, strict=True) if m is not None and o is not None and o.numel()]
+        sizes = [float(o.abs().nan_to_num(0, 0, 0).max()) for _, o in pairs]
+        for (m, o), size in zip(pairs, sizes, strict=True):
+            error = float((m - o).abs().masked_fill((m == o) | (m.isnan() & o.isnan()), 0).max())
+            # What is zero on paper, such as the gradient of a bias of keys, is noise of what it is made of.
+            if not error <= TOLERANCE * (size + max(sizes)):
+                return f"DIFFERS: {what} by {error:.2g} of {size:.2g}"
+    return None
+
+
+def _is_own(kind: Any, home: ModuleType, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == home.__name__
+
+
+def _tried(make: Callable[..., Any], *args: Any) -> Any:
+    """None if it raises: some models want settings, inputs or libraries that nobody can guess."""
+    try:
         torch.manual_seed(0)
-        outputs = [t for _, t in _tensors(call(module))]
-        results.append(outputs)
-        loss = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in outputs if t.requires_grad)
-        loss.backward()
-        gradients.append([p.grad for p in module.parameters()])
-    for mine, other in zip(*results, strict=True):
-        if not close(mine, other, 1e-4, 0):
-            raise Differs(f"out {float((mine - other).abs().max())} {float(other.abs().max())}")
-    largest = max(float(g.abs().max()) for g in gradients[1] if g is not None)
-    for (name, p), mine, other in zip(theirs.named_parameters(), *gradients, strict=True):
-        if (mine is None) != (other is None):
-            raise Differs(name)
-        if other is not None and not close(mine, other, 1e-3, 1e-4 * largest):
-            raise Differs(f"{name} {float((mine - other).abs().max())} {float(other.abs().max())} {largest}")
+        return make(*args)
+    except Exception:
+        return None
 
 
-def close(mine: Tensor, other: Tensor, relative: float, absolute: float) -> bool:
-    error = (mine - other).abs()
-    error = error.masked_fill((mine == other) | (mine.isnan() & other.isnan()), 0.0)
-    return float(error.max()) <= relative * float(other.abs().nan_to_num(0, 0, 0).max()) + absolute
+# ----------------------------------------------------------------------------------------------------------------- page
 
 
-def main(argv):
-    import time, collections
+def page(rows: list[tuple[Folder, dict[str, str]]]) -> str:
+    """The page, from every folder with the verdicts on its classes."""
+    passed = [verdicts for _, verdicts in rows if {"model", "alone"} & set(verdicts.values())]
+    whole = [verdicts for verdicts in passed if "model" in verdicts.values()]
+    lines = [f"| {' | '.join(_cells(folder, verdicts))} |" for folder, verdicts in rows]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            f"What `fuse` takes of transformers {transformers.__version__}. Written by `make models`; do not edit.",
+            "",
+            f"**{len(passed)} of {len(rows)} model folders have classes that are fused.** Each of these was compared",
+            "with Hugging Face's in fp32, outputs and all gradients, on a CPU with the kernels interpreted; in",
+            f"{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by",
+            f"{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.",
+            "",
+            "A class is fused if its own code is one of the chains of steps in `bert_fused/blocks.py`. Of those left",
+            "alone the table says what their code is: another chain, gated (a product of two layers), or more than a",
+            "chain. A module with an adapter, a hook or an activation without a kernel is left alone wherever it is.",
+            "",
+            "| folder | model types | fused, checked inside a model | fused, checked alone | left alone |",
+            "|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
 
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    count = collections.Counter()
-    for folder, classes in known().items():
-        if argv and folder not in argv:
-            continue
-        t = time.time()
-        try:
-            v = check(folder, classes)
-        except Exception as e:
-            v = {"": f"{type(e).__name__} {e}"[:300]}
-        count.update(x if x in ("model", "module") else "other" for x in v.values())
-        print(folder, v, f"{time.time() - t:.1f}", flush=True)
-    print(count)
+
+def _cells(folder: Folder, verdicts: dict[str, str]) -> Iterator[str]:
+    yield folder.name
+    yield ", ".join(folder.types)
+    for how in ("model", "alone"):
+        yield ", ".join(name for name in folder.blocks if verdicts.get(name) == how)
+    reasons = {name: verdicts[name] for name in folder.blocks if verdicts[name] not in ("model", "alone")}
+    yield "; ".join(f"{name}: {reason}" for name, reason in (reasons | folder.others).items())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python tests/families.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE.md", help="default: %(default)s")
+    parser.add_argument("folders", nargs="*", help="default: all")
+    arguments = parser.parse_args(argv)
+    rows = []
+    for folder in folders():
+        if not arguments.folders or folder.name in arguments.folders:
+            rows.append((folder, check(folder) if folder.blocks else {}))
+            print(f"\r{folder.name}".ljust(40), end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    arguments.out.write_text(page(rows))
+    wrong = [
+        f"{folder.name}.{name} {verdict}"
+        for folder, verdicts in rows
+        for name, verdict in verdicts.items()
+        if verdict.startswith("DIFFERS")
+    ]
+    print("\n".join(wrong), file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    warnings.simplefilter("ignore")
+    with prepared():
+        sys.exit(main(sys.argv[1:]))
