@@ -19,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from .dispatch import device_reason, tensor_reason
 from .families import PREFIXES
-from .genuine import UNKNOWN, class_is_patched, forwards, hook_reason
+from .genuine import class_is_patched, forwards, hook_reason
 from .ops import cls_pool, linear_act
 
 # Class name -> the module of transformers that defines it.
@@ -32,6 +32,7 @@ ORIGINALS = {
 ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
 
 _ACTIVATION_OF_TYPE = {
+    hf.GELUActivation: "gelu",
     hf.FastGELUActivation: "gelu_tanh",
     hf.QuickGELUActivation: "quick_gelu",
     hf.SiLUActivation: "silu",
@@ -150,31 +151,33 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
 def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden_states: Any) -> str | None:
     """The kernels' name for a module's activation, or None if the module must step aside in this call.
 
-    Looks at what can change between calls; ``linear_act`` looks at the tensors.
+    Looks at what can change between calls, the likely answer in as few steps as can be; ``linear_act`` looks at the
+    tensors.
     """
-    if type(hidden_states) is not Tensor or class_is_patched(original):
+    if type(hidden_states) is not Tensor or (
+        original.forward is not forwards.get(original) and class_is_patched(original)
+    ):
         return None
     kind = type(function)
+    name = _ACTIVATION_OF_TYPE.get(kind)
     if (
-        (kind is hf.GELUActivation or kind in _ACTIVATION_OF_TYPE)
+        name is not None
         and type(dense) is nn.Linear
-        and _is_untouched(dense, nn.Linear)
-        and _is_untouched(function, kind)
+        and nn.Linear.forward is forwards.get(nn.Linear)
+        and kind.forward is forwards.get(kind)
+        and not _is_touched(dense.__dict__)
+        and not _is_touched(function.__dict__)
         and not _has_any_global_hook()
+        and (kind is not hf.GELUActivation or function.act is F.gelu)
     ):
-        if kind is not hf.GELUActivation:
-            return _ACTIVATION_OF_TYPE[kind]
-        if function.act is F.gelu:
-            return "gelu"
+        return name
     return activation_name(function) if linear_reason(dense) is None else None
 
 
-def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module of class ``kind`` is known to run that class's own forward, global hooks aside."""
-    attributes = module.__dict__
-    return not (
-        kind.forward is not forwards.get(kind, UNKNOWN)
-        or attributes["_forward_hooks"]
+def _is_touched(attributes: dict[str, Any]) -> Any:
+    """Whether a module, by its attributes, runs more than its class's ``forward``, global hooks aside."""
+    return (
+        attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
