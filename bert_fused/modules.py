@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
-from .dispatch import device_reason, tensor_reason
+from .dispatch import device_reason, interpreted, tensor_reason
 from .families import PREFIXES
 from .genuine import class_is_patched, forwards, hook_reason
 from .ops import cls_pool, linear_act
@@ -30,6 +30,9 @@ ORIGINALS = {
     if f"{prefix}{kind}" != "ElectraPooler"  # ELECTRA has none
 }
 ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
+
+# Otherwise not even the question what serves a call, some microseconds, is asked for a CPU's tensors.
+_CPU_HAS_KERNELS = interpreted()
 
 _ACTIVATION_OF_TYPE = {
     hf.GELUActivation: "gelu",
@@ -154,8 +157,10 @@ def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden
     Looks at what can change between calls, the likely answer in as few steps as can be; ``linear_act`` looks at the
     tensors.
     """
-    if type(hidden_states) is not Tensor or (
-        original.forward is not forwards.get(original) and class_is_patched(original)
+    if (
+        type(hidden_states) is not Tensor
+        or not (hidden_states.is_cuda or _CPU_HAS_KERNELS)
+        or (original.forward is not forwards.get(original) and class_is_patched(original))
     ):
         return None
     kind = type(function)
