@@ -143,7 +143,8 @@ def _on_cpu(quick: bool) -> Iterator[Case]:
     if not quick:
         encoder = _model("MiniLM", 8, 128, True, "float32")
         yield dataclasses.replace(encoder, ragged=False)
-        yield from (dataclasses.replace(encoder, median=median) for median in (RAGGED_MEDIAN, *OTHER_MEDIANS))
+        # Eight sequences drawn with a median of 0.6 happen to fill 0.51.
+        yield from (dataclasses.replace(encoder, median=median) for median in (RAGGED_MEDIAN, 0.6, *OTHER_MEDIANS))
         for batch, sequence in ((4, 64), (1, 32)):
             yield dataclasses.replace(_model("MiniLM", batch, sequence, True, "float32"), median=CUT_OFF)
         yield from (dataclasses.replace(encoder, median=median, head=True) for median in (RAGGED_MEDIAN, CUT_OFF))
