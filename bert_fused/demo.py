@@ -258,13 +258,13 @@ def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         return 0
     from safetensors.torch import save_file
 
-    from . import modules
+    from . import blocks
 
     tensors: dict[str, Tensor] = {}
     hooks = []
     for module in model.modules():
         kind = "pooler" if type(module).__name__.endswith("Pooler") else "intermediate"
-        if modules.fused_class(type(module)) is None or f"{kind}.weight" in tensors:
+        if blocks.block_of(type(module)) not in (blocks.INTERMEDIATE, blocks.POOLER) or f"{kind}.weight" in tensors:
             continue
         dense = module.dense
         assert isinstance(dense, nn.Linear)

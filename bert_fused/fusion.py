@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .blocks import lookalike_reason
+
 _lock = threading.Lock()
 
 _MATCHED_BY_NAME = "its class is named in _no_split_modules"
@@ -44,8 +46,8 @@ class FuseReport:
     """What ``fuse`` did.
 
     fused: names of the fused modules, as in ``model.named_modules()``.
-    skipped: name -> why a module of a supported shape was left alone. The name "" stands for the whole model, where
-        nothing in it has a supported shape.
+    skipped: name -> why a module that can be fused, or looks as if it could, was left alone. The name "" stands for the
+        whole model, where nothing in it can be fused.
     paths: name -> what a fused module runs on its present device: "Triton", or "PyTorch" and the reason.
     """
 
@@ -69,8 +71,9 @@ def fuse(
     cls_only: bool | Literal["auto"] = False,
     skip_pooler: bool = False,
 ) -> FuseReport:
-    """Fuse every intermediate and pooler block of a Hugging Face model, in place, and on request its encoder.
+    """Fuse every linear layer and its activation of a Hugging Face model, in place, and on request its encoder.
 
+    Fused are intermediates, poolers, MLPs and heads whose class's own code has a known form (``docs/models.md``).
     Results stay those of the model, gradients included. A module whose parts are not what they seem (an adapter, a
     hook, quantised weights, an activation without a kernel) is left alone and named in the report. If that happens
     after fusing, the module runs Hugging Face's own forward for as long as it is so: this is looked up on every call.
@@ -78,11 +81,11 @@ def fuse(
     Options hold for every module in the report, also one fused before.
 
     Args:
-        model: any ``nn.Module`` with modules of the families bert, roberta, xlm-roberta, camembert and electra inside.
-        recompute_preact: train in less memory: each intermediate computes its pre-activation again in the backward pass
+        model: any ``nn.Module`` with modules of transformers inside.
+        recompute_preact: train in less memory: each module computes its pre-activation again in the backward pass
             instead of keeping it (see ``linear_act``).
         unpad: compute nothing at padding. Hidden states are zeros there; at real tokens they are the model's, and so is
-            what its head returns.
+            what its head returns. This and ``cls_only`` are for bert, roberta, xlm-roberta, camembert and electra.
         cls_only: compute the last layer for position 0 only. ``"auto"``: in eval mode, where a head that reads nothing
             else calls (sequence classification, next sentence, multiple choice). ``True``: also when the model itself
             is called, whose ``last_hidden_state`` is then ``[B, 1, H]``, for embeddings taken from position 0.
@@ -196,30 +199,33 @@ def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change]
             pools = place.pooler is not None and id(place.pooler) not in skipped_poolers
             _plan_encoder(plan, place, options, matched_by_name, pools)
     holds_no = f"{type(model).__name__} holds no"
-    families = "of the families bert, roberta, xlm-roberta, camembert, electra"
     if (options.unpad or options.cls_only) and not places:
-        plan.skipped[""] = f"{holds_no} whole model {families}, so no encoder is fused"
+        families = "bert, roberta, xlm-roberta, camembert, electra"
+        plan.skipped[""] = f"{holds_no} whole model of the families {families}, so no encoder is fused"
     elif not plan.fused and not plan.skipped:
-        plan.skipped[""] = f"{holds_no} intermediate or pooler module {families}"
+        plan.skipped[""] = f"{holds_no} module of transformers that can be fused"
     return FuseReport(tuple(plan.fused), plan.skipped, plan.paths), plan.now, plan.before
 
 
 def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
-    """Intermediates and poolers. unread: ids of the poolers to skip."""
+    """Blocks. unread: ids of the poolers to skip."""
     modules: Any = _modules()
     for name, module in model.named_modules():
         already = modules.original_class(module)
         target = modules.fused_class(already or type(module))
         if target is None:
+            reason = lookalike_reason(module)
+            if reason is not None:
+                plan.skipped[name] = reason
             continue
-        reason = modules.step_aside_reason(module)
+        reason = modules.step_aside_reason(module, target.block)
         if reason is None and type(module).__name__ in matched_by_name:
             reason = _MATCHED_BY_NAME
         if reason is not None:
             plan.skipped[name] = reason
             continue
         settings = {"recompute_preact": True} if options.recompute_preact else {}
-        path = modules.path_of(module)
+        path = modules.path_of(module, target.block)
         if id(module) in unread:
             settings["skip"], path = True, "left out on request"
         plan.fuse(name, path, _Change(module, target, settings), already)

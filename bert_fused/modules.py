@@ -1,13 +1,13 @@
 """Drop-in subclasses of Hugging Face's modules that call the fused kernels. Needs transformers.
 
 ``FusedBertIntermediate(config)`` and ``FusedBertPooler(config)`` take Hugging Face's arguments and have its parameters.
-For every other class of ``ORIGINALS`` there is a ``Fused...`` counterpart in this module, made when it is first asked
-for and picklable by name.
+Every other class that ``blocks.py`` knows gets a ``Fused...`` counterpart when it is first asked for.
 """
 
+import copyreg
 import functools
-import importlib
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,19 +17,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
+from .blocks import INTERMEDIATE, POOLER, Block, block_of, formula_of
 from .dispatch import device_reason, interpreted, tensor_reason
 from .families import PREFIXES
-from .genuine import class_is_patched, forwards, hook_reason
+from .genuine import class_is_patched, forwards, hook_reason, is_defined_in
 from .ops import cls_pool, linear_act
 
-# Class name -> the module of transformers that defines it.
-ORIGINALS = {
-    f"{prefix}{kind}": home
-    for home, prefix in PREFIXES.items()
-    for kind in ("Intermediate", "Pooler")
-    if f"{prefix}{kind}" != "ElectraPooler"  # ELECTRA has none
-}
-ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
+_ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
 
 # Otherwise not even the question what serves a call, some microseconds, is asked for a CPU's tensors.
 _CPU_HAS_KERNELS = interpreted()
@@ -59,7 +53,7 @@ def activation_name(function: Any) -> str | None:
     """The kernels' name for an activation of transformers or torch, a module or a function; None if they have none."""
     if not isinstance(function, nn.Module):
         try:
-            return _ACTIVATION_OF_FUNCTION.get(function)
+            return _ACTIVATION_OF_FUNCTION.get(function) or formula_of(function)
         except TypeError:  # unhashable
             return None
     kind = type(function)
@@ -82,14 +76,14 @@ def activation_name(function: Any) -> str | None:
     return _ACTIVATION_OF_TYPE.get(kind)
 
 
-def linear_reason(linear: Any) -> str | None:
+def linear_reason(linear: Any, name: str = "dense") -> str | None:
     """Why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None if it cannot."""
     if type(linear) is not nn.Linear:
-        return f"its dense layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
+        return f"its {name} layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
     if class_is_patched(nn.Linear):
         return "nn.Linear.forward was replaced"
     reason = hook_reason(linear)
-    return f"its dense layer has {reason}" if reason is not None else None
+    return f"its {name} layer has {reason}" if reason is not None else None
 
 
 def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
@@ -104,41 +98,51 @@ def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
         return getattr(module, function), dense, getattr(dense, "weight", None), getattr(dense, "bias", None)
 
 
-def step_aside_reason(module: nn.Module) -> str | None:
-    """Why a module of a supported class must run Hugging Face's own forward, or None if a fused one computes the same.
+def step_aside_reason(module: nn.Module, block: Block) -> str | None:
+    """Why a module must run Hugging Face's own code, or None if a fused one computes the same.
 
     For the report of ``fuse``. Every call looks again, since users add adapters, hooks and quantised layers any time.
     """
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if class_is_patched(original_class(module) or type(module)):
+    for name in ("forward", block.method):
+        if name in module.__dict__:
+            return f"its {name} was replaced on the instance"
+    original = original_class(module) or type(module)
+    if class_is_patched(original) or not is_defined_in(getattr(original, block.method), original.__module__):
         return "its class's forward was replaced"
-    dense = getattr(module, "dense", None)
-    reason = linear_reason(dense)
+    linear = getattr(module, block.linear, None)
+    reason = linear_reason(linear, block.linear)
     if reason is not None:
         return reason
-    dense = cast(nn.Linear, dense)
-    for name, parameter in (("weight", dense.weight), ("bias", dense.bias)):
+    linear = cast(nn.Linear, linear)
+    for name, parameter in (("weight", linear.weight), ("bias", linear.bias)):
         if parameter is not None:
             reason = tensor_reason(parameter)
             if reason is None and parameter.is_meta:
                 reason = "it is on the meta device"
             if reason is not None:
-                return f"its dense {name} cannot be read by a kernel: {reason}"
-    if activation_name(_activation_of(module)) is None:
-        return f"its activation, {_describe(_activation_of(module))}, has no kernel"
+                return f"its {block.linear} {name} cannot be read by a kernel: {reason}"
+    function = _activation_of(module, original, block)
+    if activation_name(function) is None:
+        return f"its activation, {_describe(function)}, has no kernel"
     return None
 
 
-def path_of(module: nn.Module) -> str:
+def path_of(module: nn.Module, block: Block) -> str:
     """Which path a fused module takes on its weight's device, in words."""
-    weight = cast(nn.Linear, module.dense).weight
+    weight = cast(nn.Linear, getattr(module, block.linear)).weight
     reason = device_reason(weight.device, weight.dtype)
-    return "Triton" if reason is None else f"PyTorch ({reason})"
+    path = "Triton" if reason is None else f"PyTorch ({reason})"
+    return f"{path} in eval mode, since dropout comes first" if block.dropout else path
 
 
-def _activation_of(module: nn.Module) -> Any:
-    return getattr(module, "activation", None) or getattr(module, "intermediate_act_fn", None)
+def _activation_of(module: nn.Module, original: type[nn.Module], block: Block) -> Any:
+    """The activation as it is now: an attribute, or what the file of the module's class calls by that name."""
+    if not block.activation.endswith("()"):
+        return getattr(module, block.activation, None)
+    function: Any = sys.modules[original.__module__]
+    for name in block.activation[:-2].split("."):
+        function = getattr(function, name, None)
+    return function
 
 
 def _describe(function: Any) -> str:
@@ -226,59 +230,104 @@ class _FusedPooler(nn.Module):
         return cls_pool(hidden_states, weight, bias, activation)
 
 
+def _drops(module: nn.Module) -> bool:
+    """Whether a module's dropout may do anything."""
+    dropout = module.dropout
+    if type(dropout) is not nn.Dropout or hook_reason(dropout) is not None or class_is_patched(nn.Dropout):
+        return True
+    return dropout.training and dropout.p > 0
+
+
+def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., Any]:
+    """A block's method, with its linear layer and activation in one kernel and all the rest as it is."""
+    read = getattr(original, block.method)
+    product = cls_pool if block.first else linear_act
+
+    @functools.wraps(read)  # Hugging Face looks at the signature
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        now = getattr(original, block.method)
+        if now is not read or len(args) != 1 or kwargs or (block.dropout and _drops(self)):
+            return now(self, *args, **kwargs)
+        (hidden,) = args
+        linear: Any = getattr(self, block.linear)
+        activation = _activation_now(original, _activation_of(self, original, block), linear, hidden)
+        if activation is None or (block.first and hidden.dim() != 3):
+            return now(self, hidden)
+        options = {"recompute_preact": True} if "recompute_preact" in self.__dict__ else {}
+        hidden = product(hidden, linear.weight, linear.bias, activation, **options)
+        for name in block.rest:
+            hidden = getattr(self, name)(hidden)
+        return hidden
+
+    return method
+
+
 class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]
     """``BertIntermediate``, ``act(dense(hidden_states))``, in one kernel: ``[..., H]`` to ``[..., I]``."""
 
     original = BertIntermediate
+    block = INTERMEDIATE
 
 
 class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
     """``BertPooler``, ``tanh(dense(hidden_states[:, 0]))``, in one kernel: ``[B, S, H]`` to ``[B, H]``."""
 
     original = BertPooler
+    block = POOLER
 
 
-def fused_class(original: type) -> type[nn.Module] | None:
-    """The fused counterpart of a block of transformers; None if there is none, or if it is not the class itself."""
-    return _counterpart(original, ORIGINALS)
+class _Made(type):
+    """The type of classes made on demand, so that they can be pickled: as Hugging Face's class and what to do to it."""
 
 
-def fused_encoder_class(original: type) -> type[nn.Module] | None:
-    """The same for an encoder."""
-    return _counterpart(original, ENCODERS)
+# Hugging Face's class -> its fused counterpart, as far as there are.
+_counterparts: dict[type, Any] = {BertIntermediate: FusedBertIntermediate, BertPooler: FusedBertPooler}
 
 
-def _counterpart(original: type, originals: dict[str, str]) -> type[nn.Module] | None:
-    if originals.get(original.__name__) != original.__module__:
+def fused_class(original: type) -> Any:
+    """The fused counterpart of a block of transformers, with its ``Block``; None if there is none."""
+    if original not in _counterparts:
+        block = block_of(original)
+        if block is None:
+            return None
+        bases: tuple[type, ...] = {INTERMEDIATE: (_FusedIntermediate,), POOLER: (_FusedPooler,)}.get(block, ())
+        own = {} if bases else {block.method: _fused_method(original, block)}
+        _make(original, bases, {"block": block, "__doc__": f"``{original.__name__}`` in one kernel."} | own)
+    made = _counterparts[original]
+    return made if made.block is not None else None
+
+
+def fused_encoder_class(original: type) -> Any:
+    """The same for an encoder of the five families."""
+    if _ENCODERS.get(original.__name__) != original.__module__:
         return None
-    return cast(type[nn.Module], getattr(sys.modules[__name__], f"Fused{original.__name__}"))
+    if original not in _counterparts:
+        # Imported here because it needs parts of transformers that the fused modules do without.
+        from .encoder import FusedEncoder
+
+        _make(
+            original,
+            (FusedEncoder,),
+            {"block": None, "__doc__": f"``{original.__name__}`` without work that nobody reads."},
+        )
+    return _counterparts[original]
+
+
+def _make(original: type, mixins: tuple[type, ...], attributes: dict[str, Any]) -> None:
+    attributes |= {"__module__": __name__, "original": original}
+    made = _Made(f"Fused{original.__name__}", (*mixins, original), attributes)
+    # Two threads may both get here; all must see the class that came first.
+    _counterparts.setdefault(original, made)
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
     """Hugging Face's class of a fused module; None if the module's class is not one of this module's own."""
-    kind: Any = type(module)
-    ours = kind.__module__ == __name__ and globals().get(kind.__name__) is kind
-    return cast(type[nn.Module], kind.original) if ours else None
+    original = vars(type(module)).get("original")
+    return original if original is not None and _counterparts.get(original) is type(module) else None
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    """Make the fused counterpart of a class of transformers. Unpickling a fused module comes here as well."""
-    original_name = name.removeprefix("Fused")
-    home = (ORIGINALS | ENCODERS).get(original_name)
-    if name == original_name or home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    original = getattr(importlib.import_module(home), original_name)
-    mixin: type[nn.Module] = _FusedPooler if name.endswith("Pooler") else _FusedIntermediate
-    does = "in one kernel"
-    if original_name in ENCODERS:
-        # Imported here because it needs parts of transformers that the fused modules do without.
-        from .encoder import FusedEncoder as mixin
+def _unpickled(original: type) -> Any:
+    return fused_class(original) or fused_encoder_class(original) or original
 
-        does = "without work that nobody reads"
-    made = type(
-        name,
-        (mixin, original),
-        {"__module__": __name__, "__doc__": f"``{original_name}`` {does}.", "original": original},
-    )
-    # Two threads may both get here; all must see the class that came first.
-    return cast(type[nn.Module], globals().setdefault(name, made))
+
+copyreg.pickle(_Made, lambda made: (_unpickled, (vars(made)["original"],)))

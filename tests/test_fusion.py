@@ -28,7 +28,7 @@ def test_report_of_a_model_with_nothing_to_fuse() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.GELU())
     report = fuse(model)
     assert report.fused == ()
-    assert "Sequential holds no intermediate or pooler module of the families bert" in report.skipped[""]
+    assert "Sequential holds no module of transformers that can be fused" in report.skipped[""]
     assert "(model)" in str(report)
     assert [type(m) for m in model] == [nn.Linear, nn.GELU]
 

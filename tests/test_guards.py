@@ -38,9 +38,11 @@ from torch.nn.parallel import replicate
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, DistilBertConfig, ViTConfig
 from transformers.activations import ACT2FN, GELUActivation
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
+from transformers.models.distilbert.modeling_distilbert import FFN
+from transformers.models.vit.modeling_vit import ViTMLP
 
 from bert_fused import FusedBertIntermediate, FusedBertPooler, fuse, unfuse
 from bert_fused.modules import _FusedIntermediate, activation_name
@@ -48,13 +50,19 @@ from bert_fused.modules import _FusedIntermediate, activation_name
 KERNELS = ["linear_act_fwd", "act_bwd"]
 PYTORCH: list[str] = []
 
-KINDS = ("intermediate", "pooler")
+# Of BERT, of ViT and of DistilBERT, whose method is not its forward.
+KINDS = ("intermediate", "pooler", "mlp", "ffn")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 when_fused = pytest.mark.parametrize("when", ["before", "after"])
 
 
 def twins(kind: str) -> tuple[nn.Module, nn.Module]:
     """Two equal blocks of Hugging Face's: the one to be fused, and the one that says what is right."""
+    if kind in ("mlp", "ffn"):
+        torch.manual_seed(0)
+        settings = DistilBertConfig(dim=32, hidden_dim=37, dropout=0.0, n_heads=4)
+        block = FFN(settings) if kind == "ffn" else ViTMLP(ViTConfig(hidden_size=32, intermediate_size=37))
+        return block, copy.deepcopy(block)
     ours, theirs = make(), make()
     return (ours.pooler, theirs.pooler) if kind == "pooler" else (blocks(ours)[0], blocks(theirs)[0])
 
@@ -64,7 +72,15 @@ def hidden_states(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def act_of(block: nn.Module) -> str:
-    return "activation" if isinstance(block, BertPooler) else "intermediate_act_fn"
+    return next(name for name in ("activation", "intermediate_act_fn", "activation_fn") if hasattr(block, name))
+
+
+def linear_name(block: nn.Module) -> str:
+    return next(name for name in ("dense", "fc1", "lin1") if hasattr(block, name))
+
+
+def linear(block: nn.Module) -> nn.Linear:
+    return getattr(block, linear_name(block))
 
 
 def step(block: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
@@ -141,20 +157,20 @@ def doubled(*arguments: Any) -> Tensor:
 
 
 def replace_dense(block: nn.Module, dense: nn.Module) -> None:
-    block.dense = dense
+    setattr(block, linear_name(block), dense)
 
 
 def quantise(block: nn.Module) -> None:
-    layer = QuantisedLinear(block.dense.in_features, block.dense.out_features)
-    layer.load_state_dict(block.dense.state_dict())
-    block.dense = layer
+    layer = QuantisedLinear(linear(block).in_features, linear(block).out_features)
+    layer.load_state_dict(linear(block).state_dict())
+    setattr(block, linear_name(block), layer)
 
 
 def round_parameter(name: str) -> Callable[[nn.Module], None]:
     def apply(block: nn.Module) -> None:
-        parameter = nn.Parameter(getattr(block.dense, name).detach().as_subclass(Rounded))
+        parameter = nn.Parameter(getattr(linear(block), name).detach().as_subclass(Rounded))
         assert type(parameter) is Rounded
-        setattr(block.dense, name, parameter)
+        setattr(linear(block), name, parameter)
 
     return apply
 
@@ -171,7 +187,7 @@ def accelerate_hook(block: nn.Module) -> None:
         def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
             return output * 2
 
-    add_hook_to_module(block.dense, Doubling())
+    add_hook_to_module(linear(block), Doubling())
 
 
 class Halved(nn.Module):
@@ -185,22 +201,22 @@ def act(block: nn.Module) -> nn.Module:
 
 # Name -> what is done to a block, and what the report says of it.
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "forward hook": (lambda b: b.dense.register_forward_hook(doubled), "its dense layer has hooks"),
-    "forward pre-hook": (lambda b: b.dense.register_forward_pre_hook(doubled), "its dense layer has hooks"),
-    "backward hook": (lambda b: b.dense.register_full_backward_hook(lambda m, i, o: (i[0] * 2,)), "has hooks"),
-    "backward pre-hook": (lambda b: b.dense.register_full_backward_pre_hook(lambda m, o: (o[0] * 2,)), "has hooks"),
-    "patched forward": (lambda b: patch_forward(b.dense), "a forward of its own"),
+    "forward hook": (lambda b: linear(b).register_forward_hook(doubled), "layer has hooks"),
+    "forward pre-hook": (lambda b: linear(b).register_forward_pre_hook(doubled), "layer has hooks"),
+    "backward hook": (lambda b: linear(b).register_full_backward_hook(lambda m, i, o: (i[0] * 2,)), "has hooks"),
+    "backward pre-hook": (lambda b: linear(b).register_full_backward_pre_hook(lambda m, o: (o[0] * 2,)), "has hooks"),
+    "patched forward": (lambda b: patch_forward(linear(b)), "a forward of its own"),
     "accelerate hook": (accelerate_hook, "a forward of its own"),
     # Accelerate hooks a GraphModule by its class, so that only this attribute tells.
-    "_hf_hook": (lambda b: setattr(b.dense, "_hf_hook", object()), "a forward of its own"),
-    "adapter": (lambda b: replace_dense(b, Adapter(b.dense)), "Adapter, not a plain nn.Linear"),
+    "_hf_hook": (lambda b: setattr(linear(b), "_hf_hook", object()), "a forward of its own"),
+    "adapter": (lambda b: replace_dense(b, Adapter(linear(b))), "Adapter, not a plain nn.Linear"),
     "quantised": (quantise, "QuantisedLinear, not a plain nn.Linear"),
     "weight subclass": (round_parameter("weight"), "Rounded is a tensor subclass"),
     "bias subclass": (round_parameter("bias"), "Rounded is a tensor subclass"),
-    "parametrize": (lambda b: parametrize.register_parametrization(b.dense, "weight", Halved()), "not a plain"),
-    "weight norm": (lambda b: parametrizations.weight_norm(b.dense), "not a plain nn.Linear"),
-    "weight norm of old": (lambda b: weight_norm(b.dense), "its dense layer has hooks"),
-    "prune": (lambda b: prune.l1_unstructured(b.dense, "weight", 0.5), "its dense layer has hooks"),
+    "parametrize": (lambda b: parametrize.register_parametrization(linear(b), "weight", Halved()), "not a plain"),
+    "weight norm": (lambda b: parametrizations.weight_norm(linear(b)), "not a plain nn.Linear"),
+    "weight norm of old": (lambda b: weight_norm(linear(b)), "layer has hooks"),
+    "prune": (lambda b: prune.l1_unstructured(linear(b), "weight", 0.5), "layer has hooks"),
     "activation": (lambda b: setattr(b, act_of(b), nn.Softplus()), "Softplus, has no kernel"),
     "activation hook": (lambda b: act(b).register_forward_hook(doubled), "has no kernel"),
     "activation pre-hook": (lambda b: act(b).register_forward_pre_hook(doubled), "has no kernel"),
@@ -242,7 +258,7 @@ def test_a_plain_block_and_a_hook_that_is_gone_again(kind: str, launches: list[s
     ours, theirs = twins(kind)
     fuse(ours)
     assert_runs(KERNELS, ours, theirs, launches)
-    handles = [block.dense.register_forward_hook(doubled) for block in (ours, theirs)]
+    handles = [linear(block).register_forward_hook(doubled) for block in (ours, theirs)]
     assert_runs(PYTORCH, ours, theirs, launches)
     for handle in handles:
         handle.remove()
@@ -270,12 +286,12 @@ GLOBAL_HOOKS = {
 
 
 @pytest.mark.parametrize("which", GLOBAL_HOOKS)
-@pytest.mark.parametrize("part", ["dense", "activation"])
+@pytest.mark.parametrize("part", ["linear", "activation"])
 @every_kind
 def test_a_global_hook(kind: str, part: str, which: str, launches: list[str]) -> None:
     ours, theirs = twins(kind)
     fuse(ours)
-    hook = GLOBAL_HOOKS[which](nn.Linear if part == "dense" else type(act(theirs)))
+    hook = GLOBAL_HOOKS[which](nn.Linear if part == "linear" else type(act(theirs)))
     handle = getattr(nn.modules.module, f"register_module_{which}_hook")(hook)
     try:
         assert "hooks" in fuse(ours).skipped[""]
@@ -294,6 +310,9 @@ def test_a_global_hook(kind: str, part: str, which: str, launches: list[str]) ->
         ("pooler", nn.Linear),
         ("pooler", BertPooler),
         ("pooler", nn.Tanh),
+        ("mlp", nn.Linear),
+        ("mlp", ViTMLP),
+        ("ffn", GELUActivation),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -458,7 +477,7 @@ def test_replicas_of_data_parallel(kind: str, launches: list[str], monkeypatch: 
         torch.stack(outs).square().sum().backward()
         results.append([*outs, *(p.grad for p in block.parameters())])
         assert all(replica.forward.__self__ is replica for replica in replicas)
-        assert not replicas[1].dense._parameters
+        assert not linear(replicas[1])._parameters
     assert sorted(launches) == sorted(2 * KERNELS)
     for other, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
@@ -476,7 +495,7 @@ def test_weights_on_another_device(kind: str, name: str, launches: list[str]) ->
     fused = copy.deepcopy(ours)
     fuse(fused)
     for block in (ours, fused):
-        setattr(block.dense, name, nn.Parameter(getattr(block.dense, name).to("meta")))
+        setattr(linear(block), name, nn.Parameter(getattr(linear(block), name).to("meta")))
         assert "it is on the meta device" in fuse(block).skipped[""]
     with pytest.raises(ValueError, match=f"{name} is on meta, but x is on cpu"):
         fused(hidden_states())
@@ -510,24 +529,24 @@ def test_weights_changed_after_the_first_call(kind: str, launches: list[str]) ->
     fuse(ours)
     assert_runs(KERNELS, ours, theirs, launches)
     for block in (ours, theirs):
-        block.dense.weight.data.mul_(2)
+        linear(block).weight.data.mul_(2)
     assert_runs(KERNELS, ours, theirs, launches)
     for block in (ours, theirs):
         with torch.no_grad():
-            block.dense.bias.add_(1)
+            linear(block).bias.add_(1)
     assert_runs(KERNELS, ours, theirs, launches)
     for block in (ours, theirs):
-        block.dense.weight.data = block.dense.weight.data.flip(0)
+        linear(block).weight.data = linear(block).weight.data.flip(0)
     assert_runs(KERNELS, ours, theirs, launches)
     for block in (ours, theirs):
-        block.dense.weight = nn.Parameter(block.dense.weight.detach().t().contiguous().t() / 3)
+        linear(block).weight = nn.Parameter(linear(block).weight.detach().t().contiguous().t() / 3)
     assert_runs(KERNELS, ours, theirs, launches)
     for block in (ours, theirs):
         step(block, hidden_states())
         torch.optim.SGD(block.parameters(), lr=0.1).step()
     assert_runs(KERNELS, ours, theirs, launches)
     for block in (ours, theirs):
-        block.dense.bias = None
+        linear(block).bias = None
     assert_runs(KERNELS, ours, theirs, launches)
 
 
@@ -566,7 +585,7 @@ def test_half_and_to(kind: str, launches: list[str]) -> None:
     for cast, path in casts:
         for block in (ours, theirs):
             cast(block)
-        assert_runs(path, ours, theirs, launches, hidden_states(theirs.dense.weight.dtype))
+        assert_runs(path, ours, theirs, launches, hidden_states(linear(theirs).weight.dtype))
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -593,8 +612,9 @@ def test_an_activation_set_after_fusing(kind: str, launches: list[str]) -> None:
             setattr(block, act_of(block), ACT2FN[name])
         assert_runs(path, ours, theirs, launches)
     for block in (ours, theirs):
-        del block._modules[act_of(block)]
-        setattr(block, act_of(block), lambda z: z.clamp(-1, 1))
+        activation = act_of(block)
+        del block._modules[activation]
+        setattr(block, activation, lambda z: z.clamp(-1, 1))
     assert_runs(PYTORCH, ours, theirs, launches)
 
 
@@ -620,7 +640,7 @@ def test_an_activation_whose_insides_were_replaced(launches: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------- what watches PyTorch
 
 
-@pytest.mark.parametrize("seeded", ["hidden_states", "dense.weight", "dense.bias"])
+@pytest.mark.parametrize("seeded", ["hidden_states", "weight", "bias"])
 @every_kind
 def test_forward_mode_differentiation(kind: str, seeded: str, launches: list[str]) -> None:
     ours, theirs = twins(kind)
@@ -628,9 +648,10 @@ def test_forward_mode_differentiation(kind: str, seeded: str, launches: list[str
     tangents = []
     for block in (theirs, ours):
         values = {name: p.detach() for name, p in block.named_parameters()} | {"hidden_states": hidden_states()}
+        seed = seeded if seeded in values else f"{linear_name(block)}.{seeded}"
         with torch.autograd.forward_ad.dual_level():
-            direction = torch.linspace(-1, 1, values[seeded].numel()).view_as(values[seeded])
-            values[seeded] = torch.autograd.forward_ad.make_dual(values[seeded], direction)
+            direction = torch.linspace(-1, 1, values[seed].numel()).view_as(values[seed])
+            values[seed] = torch.autograd.forward_ad.make_dual(values[seed], direction)
             out = torch.func.functional_call(block, values, values.pop("hidden_states"))
             tangents.append(torch.autograd.forward_ad.unpack_dual(out))
     (primal, tangent), (our_primal, our_tangent) = tangents
@@ -664,7 +685,7 @@ def test_symbolic_tracing(kind: str, launches: list[str]) -> None:
     ours, theirs = twins(kind)
     fuse(ours)
     traced = torch.fx.symbolic_trace(ours)
-    assert "dense" in traced.code
+    assert linear_name(theirs) in traced.code
     assert_runs(PYTORCH, traced, theirs, launches)
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import importlib
 import io
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 import bert_fused
 from bert_fused import FusedBertIntermediate, FusedBertPooler
-from bert_fused.modules import ORIGINALS, activation_name, fused_class, original_class
+from bert_fused.modules import activation_name, fused_class, original_class
 
 KERNEL_OF_NAME = {
     "gelu": "gelu",
@@ -180,7 +182,7 @@ def test_families_forward_and_backward(kind) -> None:
     assert sum(name.endswith("intermediate") for name in report.fused) == intermediates
     assert sum(name.endswith("pooler") for name in report.fused) == poolers
     assert not report.skipped
-    assert set(report.paths.values()) == {"Triton"}
+    assert all(path.startswith("Triton") for path in report.paths.values())
 
     batch = inputs()
     ours, theirs = model(**batch), eager(**batch)
@@ -195,16 +197,19 @@ def test_families_forward_and_backward(kind) -> None:
             assert float((parameter.grad - gradients[name]).abs().max()) <= 1e-4 * max(largest, 1e-3), name
 
 
-@pytest.mark.parametrize("name", sorted(ORIGINALS))
-def test_fused_classes_are_importable_subclasses(name) -> None:
-    import importlib
-
-    original = getattr(importlib.import_module(ORIGINALS[name]), name)
+@pytest.mark.parametrize(
+    "name", ["BertIntermediate", "BertPooler", "RobertaPooler", "ElectraIntermediate", "EsmIntermediate"]
+)
+def test_fused_classes_are_picklable_subclasses(name) -> None:
+    family = re.match("[A-Z][a-z]+", name)[0].lower()
+    original = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
     fused = fused_class(original)
+    assert fused.__name__ == f"Fused{name}"
     assert issubclass(fused, original)
     assert fused is fused_class(original)
     assert pickle.loads(pickle.dumps(fused)) is fused
-    assert fused_class(type(name, (original,), {})) is None
+    mine = type(name, (original,), {"__module__": original.__module__})
+    assert fused_class(mine) is None
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

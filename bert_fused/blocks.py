@@ -1,0 +1,197 @@
+"""Which of transformers' modules can be fused: those whose class's own code is a known chain of steps.
+
+A method is read as what happens to its one argument, step after step, whatever its variables are called: ``x[:, 0]`` is
+the step "[:,0]", ``self.dense(x)`` is "dense", ``torch.tanh(x)`` is "torch.tanh()". Code that does anything else is no
+chain, and its class is left alone. Nothing here runs when a module is called.
+"""
+
+import ast
+import functools
+import inspect
+import re
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .genuine import class_is_patched, is_defined_in
+
+# Chains with a linear layer and its activation, by the method that they are in. What follows the two stays as it is.
+_CHAINS = {
+    "forward": (
+        "dense intermediate_act_fn",  # BertIntermediate and 63 others
+        "dense gelu()",  # EsmIntermediate
+        "[:,0] dense activation",  # BertPooler and 46 others
+        "fc1 activation_fn fc2",  # ViT, CLIP, SigLIP
+        "intermediate_dense intermediate_act_fn intermediate_dropout output_dense output_dropout",  # Wav2Vec2
+        "dense transform_act_fn LayerNorm",  # BERT's head for masked words
+        "dense activation LayerNorm",  # ELECTRA's
+        "dense activation LayerNorm decoder",  # ALBERT's
+        "dense gelu() layer_norm decoder",  # RoBERTa's
+        "[:,0] dropout dense torch.tanh() dropout out_proj",  # RoBERTa's classification head
+        "[:,0] dropout dense activation dropout out_proj",  # ELECTRA's
+        "dropout dense torch.tanh() dropout out_proj",  # BART's
+    ),
+    "ff_chunk": (
+        "lin1 activation lin2 dropout",  # DistilBERT
+        "ffn activation ffn_output",  # ALBERT
+    ),
+}
+# Functions of a model's own that have a kernel.
+_FORMULAS = {"x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))": "gelu"}
+
+_FIRST, _DROPOUT = "[:,0]", "dropout"
+_HOME = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
+
+
+class Block(NamedTuple):
+    """A known chain.
+
+    method: what it is the code of. first: it begins with position 0. dropout: then there is one, called so. linear,
+        activation: attributes of the module, or a function of its file if the name ends in "()". rest: attributes that
+        are called one after the other on what comes out.
+    """
+
+    method: str
+    first: bool
+    dropout: bool
+    linear: str
+    activation: str
+    rest: tuple[str, ...]
+
+
+def _block(method: str, chain: str) -> Block:
+    steps = chain.split()
+    first = steps[0] == _FIRST
+    dropout = steps[first] == _DROPOUT
+    linear, activation, *rest = steps[first + dropout :]
+    return Block(method, first, dropout, linear, activation, tuple(rest))
+
+
+_BLOCKS: dict[tuple[str, tuple[str, ...] | None], Block] = {
+    (method, tuple(chain.split())): _block(method, chain) for method, chains in _CHAINS.items() for chain in chains
+}
+INTERMEDIATE = _BLOCKS["forward", ("dense", "intermediate_act_fn")]
+POOLER = _BLOCKS["forward", (_FIRST, "dense", "activation")]
+
+
+def block_of(kind: type) -> Block | None:
+    """What a class of transformers computes, if that can be fused; None for all other classes, subclasses included."""
+    if not _is_block_class(kind):
+        return None
+    functions = {method: getattr(kind, method, None) for method in _CHAINS}
+    own = {method: function for method, function in functions.items() if is_defined_in(function, kind.__module__)}
+    return block_in({method: chain_of(function) for method, function in own.items()})
+
+
+def block_in(chains: dict[str, tuple[str, ...] | None]) -> Block | None:
+    """The block of a class whose methods are these chains."""
+    return next((_BLOCKS[item] for item in chains.items() if item in _BLOCKS), None)
+
+
+def lookalike_reason(module: nn.Module) -> str | None:
+    """Why a module of transformers that looks like one that can be fused cannot, or None if it looks like none."""
+    kind = type(module)
+    children = module._modules.keys()
+    alike = kind.__name__.endswith(("Intermediate", "Pooler")) or any(
+        {block.linear, block.activation} <= children for block in _BLOCKS.values()
+    )
+    if not alike or not _is_block_class(kind):
+        return None
+    if class_is_patched(kind):
+        return "its class's forward was replaced"
+    chain = chain_of(kind.forward)
+    does = f" ({' > '.join(chain)})" if chain is not None else ""
+    return f"{kind.__name__}.forward{does} is not among those that can be fused"
+
+
+def _is_block_class(kind: type) -> bool:
+    """Whether a class is one of a model's file, and not a whole model: those are found by their class."""
+    if not _HOME.fullmatch(kind.__module__) or vars(sys.modules[kind.__module__]).get(kind.__name__) is not kind:
+        return False
+    from transformers import PreTrainedModel
+
+    return not issubclass(kind, PreTrainedModel)
+
+
+@functools.cache
+def chain_of(function: Any) -> tuple[str, ...] | None:
+    """A method's code as a chain of steps; None if it is none, or cannot be read."""
+    definition = _definition(function)
+    return read_chain(definition) if definition is not None else None
+
+
+def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
+    """The same of a parsed method. Types and docstrings aside nothing is overlooked: any other code is no chain."""
+    arguments = definition.args
+    if definition.decorator_list or arguments.vararg or arguments.kwonlyargs or arguments.defaults:
+        return None
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    if len(names) != 2:
+        return None
+    *assignments, last = _statements(definition)
+    owner, current = names
+    chain: list[str] = []
+    for statement in assignments:
+        match statement:
+            case ast.Assign([ast.Name(target)], value) if target != owner:
+                steps = _steps(value, owner, current)
+            case _:
+                return None
+        if steps is None:
+            return None
+        chain, current = chain + steps, target
+    steps = _steps(last.value, owner, current) if isinstance(last, ast.Return) else None
+    return (*chain, *steps) if steps is not None else None
+
+
+def _steps(value: ast.expr | None, owner: str, current: str) -> list[str] | None:
+    """What an expression does to the variable ``current``, the first step first."""
+    steps: list[str] = []
+    while True:
+        match value:
+            case ast.Name(name) if name == current:
+                return steps[::-1]
+            case ast.Subscript(inner, index) if ast.unparse(index).strip("()") in (":, 0", ":, 0, :"):
+                steps.append(_FIRST)
+            case ast.Call(ast.Attribute(ast.Name(name), attribute), [inner], []) if name == owner:
+                steps.append(attribute)
+            case ast.Call(ast.Name() | ast.Attribute() as function, [inner], []):
+                steps.append(f"{ast.unparse(function)}()")
+            case _:
+                return None
+        value = inner
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def formula_of(function: Any) -> str | None:
+    """The kernels' name for a function of one of transformers' models, by its code; None if they have none."""
+    return _formula(function)
+
+
+@functools.cache
+def _formula(function: Any) -> str | None:
+    if not _HOME.fullmatch(str(getattr(function, "__module__", ""))):
+        return None
+    match _definition(function):
+        case ast.FunctionDef(args=ast.arguments(args=[ast.arg("x")])) as definition:
+            match _statements(definition):
+                case [ast.Return(ast.expr() as value)]:
+                    return _FORMULAS.get(ast.unparse(value))
+    return None
+
+
+def _definition(function: Any) -> ast.FunctionDef | None:
+    try:
+        # Of the code, since the source of a function is looked up behind its decorators.
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+    except (AttributeError, OSError, SyntaxError):
+        return None
+    (definition,) = tree.body
+    return definition if isinstance(definition, ast.FunctionDef) else None
+
+
+def _statements(definition: ast.FunctionDef) -> list[ast.stmt]:
+    return definition.body[ast.get_docstring(definition) is not None :]
