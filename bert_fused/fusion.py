@@ -102,6 +102,7 @@ def unfuse(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+        RuntimeError: ``fully_shard`` made a fused module a unit of its own, not a module around it. Nothing is changed.
     """
     _check(model)
     _restore(model.modules())
@@ -208,11 +209,16 @@ def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_nam
     """Intermediates and poolers. unread: ids of the poolers to skip."""
     modules: Any = _modules()
     for name, module in model.named_modules():
-        already = modules.original_class(module)
-        target = modules.fused_class(already or type(module))
+        already, wrapped = modules.original_class(module), modules.wrapped_class(module)
+        target = modules.fused_class(already or wrapped or type(module))
         if target is None:
             continue
-        reason = modules.step_aside_reason(module)
+        if wrapped is not None:
+            target = type(module)
+        if wrapped is not None and not already:
+            reason = f"fully_shard made it a {type(module).__name__}, which it must stay: fuse before fully_shard"
+        else:
+            reason = modules.step_aside_reason(module)
         if reason is None and type(module).__name__ in matched_by_name:
             reason = _MATCHED_BY_NAME
         if reason is not None:
@@ -239,7 +245,8 @@ def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: se
     if reason is not None:
         plan.skipped[place.name] = reason
     if already:
-        plan.before.append(_Change(place.encoder, already, {}, place))
+        kind = type(place.encoder) if modules.wrapped_class(place.encoder) else already
+        plan.before.append(_Change(place.encoder, kind, {}, place))
 
 
 def _names_others_match(model: nn.Module) -> set[str]:
@@ -271,7 +278,13 @@ def _restore(candidates: Iterable[nn.Module]) -> None:
     modules = _modules()
     if modules is None:
         return
+    candidates = list(candidates)
     with _lock:
+        for module in candidates:
+            if modules.original_class(module) and modules.wrapped_class(module):
+                raise RuntimeError(
+                    f"fully_shard made it a {type(module).__name__}, which it must stay: unfuse before fully_shard"
+                )
         for module in candidates:
             original = modules.original_class(module)
             if original is not None:

@@ -116,7 +116,7 @@ def step_aside_reason(module: nn.Module) -> str | None:
     dense = cast(nn.Linear, dense)
     for name, parameter in (("weight", dense.weight), ("bias", dense.bias)):
         if parameter is not None:
-            reason = tensor_reason(parameter)
+            reason = None if _is_gathered(dense, parameter) else tensor_reason(parameter)
             if reason is None and parameter.is_meta:
                 reason = "it is on the meta device"
             if reason is not None:
@@ -124,6 +124,14 @@ def step_aside_reason(module: nn.Module) -> str | None:
     if activation_name(_activation_of(module)) is None:
         return f"its activation, {_describe(_activation_of(module))}, has no kernel"
     return None
+
+
+def _is_gathered(dense: nn.Module, parameter: Tensor) -> bool:
+    """Whether FSDP2 keeps a shard in a parameter's place between calls, and the whole, plain tensor during them.
+
+    A tensor-parallel parameter stays a DTensor; its linear layer has hooks, which are looked for before.
+    """
+    return type(parameter).__name__ == "DTensor" and bool(getattr(dense, "_is_fsdp_managed_module", False))
 
 
 def path_of(module: nn.Module) -> str:
@@ -247,10 +255,23 @@ def _counterpart(original: type, originals: dict[str, str]) -> type[nn.Module] |
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own."""
-    kind: Any = type(module)
+    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own.
+
+    Nor one that torch derived from these.
+    """
+    kind: Any = wrapped_class(module) or type(module)
     ours = kind.__module__ == __name__ and globals().get(kind.__name__) is kind
     return cast(type[nn.Module], kind.original) if ours else None
+
+
+def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class from which ``fully_shard`` derived the present one of a module that it made a unit; None elsewhere.
+
+    torch looks up the derived classes by identity, so that none of ours may take the place of one.
+    """
+    bases = type(module).__bases__
+    derived = len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
+    return cast(type[nn.Module], bases[1]) if derived else None
 
 
 def __getattr__(name: str) -> type[nn.Module]:
