@@ -116,7 +116,7 @@ def step_aside_reason(module: nn.Module, block: Block) -> str | None:
     linear = cast(nn.Linear, linear)
     for name, parameter in (("weight", linear.weight), ("bias", linear.bias)):
         if parameter is not None:
-            reason = tensor_reason(parameter)
+            reason = None if _is_gathered(linear, parameter) else tensor_reason(parameter)
             if reason is None and parameter.is_meta:
                 reason = "it is on the meta device"
             if reason is not None:
@@ -125,6 +125,14 @@ def step_aside_reason(module: nn.Module, block: Block) -> str | None:
     if activation_name(function) is None:
         return f"its activation, {_describe(function)}, has no kernel"
     return None
+
+
+def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
+    """Whether FSDP2 keeps a shard in a parameter's place between calls, and the whole, plain tensor during them.
+
+    A tensor-parallel parameter stays a DTensor; its linear layer has hooks, which are looked for before.
+    """
+    return type(parameter).__name__ == "DTensor" and bool(getattr(linear, "_is_fsdp_managed_module", False))
 
 
 def path_of(module: nn.Module, block: Block) -> str:
@@ -321,9 +329,23 @@ def _make(original: type, mixins: tuple[type, ...], attributes: dict[str, Any]) 
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own."""
-    original = vars(type(module)).get("original")
-    return original if original is not None and _counterparts.get(original) is type(module) else None
+    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own.
+
+    Nor one that torch derived from these.
+    """
+    kind: Any = wrapped_class(module) or type(module)
+    original = vars(kind).get("original")
+    return original if original is not None and _counterparts.get(original) is kind else None
+
+
+def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class from which ``fully_shard`` derived the present one of a module that it made a unit; None elsewhere.
+
+    torch looks up the derived classes by identity, so that none of ours may take the place of one.
+    """
+    bases = type(module).__bases__
+    derived = len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
+    return cast(type[nn.Module], bases[1]) if derived else None
 
 
 def _unpickled(original: type) -> Any:
