@@ -22,8 +22,9 @@ MODEL_SHAPES += ((32, 512, False),)
 TRITONBENCH = tuple((8192, 4 * K, K) for K in (1024, 2048, 4096, 8192))
 
 
-# Lengths of a ragged batch are log-normal, cut off at the longest: medians for a fill of about 0.5, and 0.2 and 0.9.
-RAGGED_MEDIAN, OTHER_MEDIANS = 0.35, (0.15, 1.8)
+# Lengths of a ragged batch are log-normal, cut off at the longest: medians for a fill of about 0.5, of 0.2 and 0.9, and
+# one that cuts off all, which leaves a mask that keeps every token.
+RAGGED_MEDIAN, OTHER_MEDIANS, CUT_OFF = 0.35, (0.15, 1.8), 100.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Case:
     model: whose shape it is. activation: of the module, as ``linear_act`` names it. dtype: a torch dtype, or "tf32" for
     float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences of a model's
     batch differ in length. median: of those lengths, as a share of the longest; which fill comes of it, a record says.
+    head: the model is a sequence classifier, such as a cross-encoder, and its logits are the output.
     rivals: "standard", or "max-autotune" for the few cases that can afford to compile it.
     """
 
@@ -48,6 +50,7 @@ class Case:
     ragged: bool = False
     rivals: str = "standard"
     median: float = RAGGED_MEDIAN
+    head: bool = False
 
     def __str__(self) -> str:
         return describe(dataclasses.asdict(self))
@@ -59,7 +62,8 @@ def describe(case: dict[str, Any]) -> str:
     if case["batch"] is not None:
         shape = f"B={case['batch']} S={case['sequence']}" + (_lengths(case) if case["ragged"] else "")
     rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
-    return f"{case['suite']} {case['model']} {shape} {case['dtype']} {case['activation']}{rivals}"
+    head = " classifier" if case.get("head") else ""
+    return f"{case['suite']} {case['model']}{head} {shape} {case['dtype']} {case['activation']}{rivals}"
 
 
 def _lengths(case: dict[str, Any]) -> str:
@@ -105,6 +109,8 @@ def _on_gpu() -> Iterator[Case]:
         yield _model(model, *shape)
     for median, model in product(OTHER_MEDIANS, MODELS):
         yield dataclasses.replace(_model(model, 32, 128, True), median=median)
+    for median, model in product((RAGGED_MEDIAN, CUT_OFF), MODELS):
+        yield dataclasses.replace(_model(model, 32, 128, True), median=median, head=True)
     for M, model in product(OTHER_ROWS, MODELS):
         yield _module(model, M)
     for sequence, batch, model in product((128, 512), BATCHES, MODELS):
@@ -137,7 +143,11 @@ def _on_cpu(quick: bool) -> Iterator[Case]:
     if not quick:
         encoder = _model("MiniLM", 8, 128, True, "float32")
         yield dataclasses.replace(encoder, ragged=False)
-        yield from (dataclasses.replace(encoder, median=median) for median in (RAGGED_MEDIAN, *OTHER_MEDIANS))
+        # Eight sequences drawn with a median of 0.6 happen to fill 0.51.
+        yield from (dataclasses.replace(encoder, median=median) for median in (RAGGED_MEDIAN, 0.6, *OTHER_MEDIANS))
+        for batch, sequence in ((4, 64), (1, 32)):
+            yield dataclasses.replace(_model("MiniLM", batch, sequence, True, "float32"), median=CUT_OFF)
+        yield from (dataclasses.replace(encoder, median=median, head=True) for median in (RAGGED_MEDIAN, CUT_OFF))
     yield _module("MiniLM", 32, "float32", suite="training")
     if not quick:
         for activation in ("gelu_tanh", "relu"):

@@ -1,4 +1,5 @@
-"""The suite models: Hugging Face's encoders with random weights, from token ids to hidden states and pooled output."""
+"""The suite models: Hugging Face's encoders with random weights, from token ids to hidden states and pooled output, or
+with a classification head to logits."""
 
 import copy
 import functools
@@ -22,7 +23,7 @@ RAGGED_SIGMA = 0.7
 # The rounding errors of a whole model are chaotic: one element may be worse than eager's, their RMS may not.
 RMS_RATIO = 1.05
 
-Runner = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Runner = Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
 
 
 class Outputs(nn.Module):
@@ -45,6 +46,17 @@ class Outputs(nn.Module):
             return outputs.last_hidden_state, outputs.pooler_output
         hidden = model.encoder(model.embeddings(input_ids=ids), **self.request)[0]
         return hidden, model.pooler(hidden)
+
+
+class Logits(nn.Module):
+    """The logits of a model with a head, whose batches always have a mask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (self.model(ids, attention_mask=mask).logits,)
 
 
 def eager(model: nn.Module) -> Runner:
@@ -82,6 +94,17 @@ COMPILED: dict[str, Callable[[nn.Module], Runner]] = {
     "torch.compile": lambda model: torch.compile(Outputs(model), dynamic=False),
     "ours and torch.compile": lambda model: torch.compile(Outputs(fused_copy(model)), dynamic=False),
 }
+CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
+    "ours": lambda model: Logits(fused_copy(model)),
+    "ours, position 0 only": lambda model: Logits(fused_copy(model, cls_only="auto")),
+    "ours unpadded": lambda model: Logits(fused_copy(model, unpad=True)),
+    "ours unpadded, position 0 only": lambda model: Logits(fused_copy(model, unpad=True, cls_only="auto")),
+    "eager": Logits,
+    "eager again": Logits,
+}
+COMPILED_CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
+    "torch.compile": lambda model: torch.compile(Logits(model), dynamic=False),
+}
 GRAPHED = {"eager in a CUDA graph": eager, "ours in a CUDA graph": ours}
 TUNED: dict[str, Callable[[nn.Module], Runner]] = {
     "max-autotune": lambda model: torch.compile(Outputs(model), dynamic=False, mode="max-autotune"),
@@ -91,14 +114,21 @@ TUNED: dict[str, Callable[[nn.Module], Runner]] = {
 def problem(case: Case, device: str) -> Problem:
     model = make_model(case, device)
     sets = make_inputs(case, device)
-    reference = functools.cache(lambda: _reference(model, sets[0]))
+    run = Logits if case.head else eager
+    reference = functools.cache(lambda: _reference(run, model, sets[0]))
 
     def check(rival: Implementation, function: Runner, inputs: Inputs) -> dict[str, float]:
-        revealed = check_function(rival.name, case.dtype, device)
-        return {**_compare(function(*inputs), inputs[1], *reference()), "activation_rms_ratio": revealed}
+        errors = _compare(function(*inputs), inputs[1], *reference())
+        if not case.head:
+            errors["activation_rms_ratio"] = check_function(rival.name, case.dtype, device)
+        return errors
 
-    found = [Implementation(name, each(build(model))) for name, build in BUILDERS.items()]
-    if device == "cuda":
+    found = [
+        Implementation(name, each(build(model))) for name, build in (CLASSIFIERS if case.head else BUILDERS).items()
+    ]
+    if device == "cuda" and case.head:
+        found += [Implementation(name, each(build(model))) for name, build in COMPILED_CLASSIFIERS.items()]
+    elif device == "cuda":
         found += [Implementation(name, graphed(build(model), 2), graphs=True) for name, build in GRAPHED.items()]
         if case.rivals == "max-autotune":
             found += [Implementation(name, each(build(model)), graphs=True) for name, build in TUNED.items()]
@@ -106,7 +136,7 @@ def problem(case: Case, device: str) -> Problem:
             found += [Implementation(name, each(build(model))) for name, build in COMPILED.items()]
     lengths = [float(mask.sum()) if mask is not None else float(ids.numel()) for ids, mask in sets]
     tokens = sum(lengths) / len(lengths)
-    weights = sum(parameter.numel() for parameter in model.encoder.parameters())
+    weights = sum(parameter.numel() for parameter in model.base_model.encoder.parameters())
     return Problem(
         found,
         sets,
@@ -120,18 +150,21 @@ def problem(case: Case, device: str) -> Problem:
 
 def make_model(case: Case, device: str) -> Any:
     layers, heads = LAYERS_AND_HEADS[case.model]
-    return _bert(case.K, case.N, layers, heads, torch_dtype(case), device)
+    return _bert(case.K, case.N, layers, heads, torch_dtype(case), device, case.head)
 
 
-def _bert(hidden: int, intermediate: int, layers: int, heads: int, dtype: torch.dtype, device: str) -> Any:
-    from transformers import BertConfig, BertModel
+def _bert(
+    hidden: int, intermediate: int, layers: int, heads: int, dtype: torch.dtype, device: str, head: bool = False
+) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     config = BertConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads
     )
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        return BertModel(config).eval().requires_grad_(False).to(dtype)
+        kind = BertForSequenceClassification if head else BertModel
+        return kind(config).eval().requires_grad_(False).to(dtype)
 
 
 def make_inputs(case: Case, device: str) -> list[Inputs]:
@@ -153,20 +186,23 @@ def make_inputs(case: Case, device: str) -> list[Inputs]:
     return sets
 
 
-def _reference(model: Any, inputs: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _reference(
+    run: Callable[[nn.Module], Runner], model: Any, inputs: Inputs
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The model's outputs in fp64, and eager's."""
-    return eager(copy.deepcopy(model).double())(*inputs), eager(model)(*inputs)
+    return run(copy.deepcopy(model).double())(*inputs), run(model)(*inputs)
 
 
 def _compare(
-    results: tuple[Tensor, Tensor],
+    results: tuple[Tensor, ...],
     mask: Tensor | None,
-    exact: tuple[Tensor, Tensor],
-    of_eager: tuple[Tensor, Tensor],
+    exact: tuple[Tensor, ...],
+    of_eager: tuple[Tensor, ...],
 ) -> dict[str, float]:
     """RMS errors at real tokens; raises ValueError where they exceed eager's."""
     errors = {}
-    for name, result, truth, bar in zip(("hidden", "pooled"), results, exact, of_eager, strict=True):
+    names = ("hidden", "pooled") if len(results) == 2 else ("logits",)
+    for name, result, truth, bar in zip(names, results, exact, of_eager, strict=True):
         real = mask.bool() if mask is not None and name == "hidden" else ...
         if name == "hidden" and result.shape != truth.shape:  # position 0 only
             real, truth, bar = ..., truth[:, :1], bar[:, :1]

@@ -167,7 +167,8 @@ def _label(group: Group) -> str:
     shape = f"M={case['M']}" if case["batch"] is None else f"B={case['batch']} S={case['sequence']}"
     kind = "" if case["suite"] in ("models", "pooler") else f" {case['activation']}"
     rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
-    return f"{case['model']} {shape}{' ragged' if case['ragged'] else ''} {case['dtype']}{kind}{rivals}"
+    head = " classifier" if case.get("head") else ""
+    return f"{case['model']}{head} {shape}{' ragged' if case['ragged'] else ''} {case['dtype']}{kind}{rivals}"
 
 
 def _machine(groups: list[Group]) -> str:

@@ -128,7 +128,8 @@ def _shape(group: Group) -> str:
     fill = next(iter(group.values()))["fill"]
     ragged = f" ragged, fill {fill:.2f}" if case["ragged"] else ""
     sizes = f" {case['K']}→{case['N']}" if case["suite"] != "models" else ""
-    return f"{case['model']}{sizes} {shape}{ragged}"
+    head = " classifier" if case.get("head") else ""
+    return f"{case['model']}{head}{sizes} {shape}{ragged}"
 
 
 def _cell(found: Ratio | None, *, bold: bool = True) -> str:

@@ -96,7 +96,7 @@ def install() -> ctypes.CDLL:
     driver.get_device_capability = lambda device: divmod(ARCH, 10)
     triton.runtime.driver.set_active(driver)
 
-    from bert_fused import dispatch
+    from bert_fused import dispatch, modules, ops
     from bert_fused.kernels import runtime
 
     cuda = torch.device("cuda", 0)
@@ -108,7 +108,7 @@ def install() -> ctypes.CDLL:
     runtime._arch_of_index = functools.cache(lambda index: ARCH)
     runtime._num_sms_of_index = functools.cache(lambda index: SMS)
     runtime._name_of_index = functools.cache(lambda index: "stub")
-    for name in ("bert_fused.dispatch", "bert_fused.ops", "bert_fused.modules"):
-        if name in sys.modules:
-            vars(sys.modules[name])["device_reason"] = device_reason
+    modules._CPU_HAS_KERNELS = True
+    for module in (dispatch, ops, modules):
+        vars(module)["device_reason"] = device_reason
     return stub

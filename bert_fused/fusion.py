@@ -105,6 +105,7 @@ def unfuse(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+        RuntimeError: ``fully_shard`` made a fused module a unit of its own, not a module around it. Nothing is changed.
     """
     _check(model)
     _restore(model.modules())
@@ -211,14 +212,17 @@ def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_nam
     """Blocks. unread: ids of the poolers to skip."""
     modules: Any = _modules()
     for name, module in model.named_modules():
-        already = modules.original_class(module)
-        target = modules.fused_class(already or type(module))
+        already, wrapped = modules.original_class(module), modules.wrapped_class(module)
+        target = modules.fused_class(already or wrapped or type(module))
         if target is None:
             reason = lookalike_reason(module)
             if reason is not None:
                 plan.skipped[name] = reason
             continue
-        reason = modules.step_aside_reason(module, target.block)
+        if wrapped is not None and not already:
+            reason = f"fully_shard made it a {type(module).__name__}, which it must stay: fuse before fully_shard"
+        else:
+            reason = modules.step_aside_reason(module, target.block)
         if reason is None and type(module).__name__ in matched_by_name:
             reason = _MATCHED_BY_NAME
         if reason is not None:
@@ -228,7 +232,7 @@ def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_nam
         path = modules.path_of(module, target.block)
         if id(module) in unread:
             settings["skip"], path = True, "left out on request"
-        plan.fuse(name, path, _Change(module, target, settings), already)
+        plan.fuse(name, path, _Change(module, target if wrapped is None else type(module), settings), already)
 
 
 def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: set[str], pools: bool) -> None:
@@ -245,7 +249,8 @@ def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: se
     if reason is not None:
         plan.skipped[place.name] = reason
     if already:
-        plan.before.append(_Change(place.encoder, already, {}, place))
+        kind = type(place.encoder) if modules.wrapped_class(place.encoder) else already
+        plan.before.append(_Change(place.encoder, kind, {}, place))
 
 
 def _names_others_match(model: nn.Module) -> set[str]:
@@ -277,7 +282,13 @@ def _restore(candidates: Iterable[nn.Module]) -> None:
     modules = _modules()
     if modules is None:
         return
+    candidates = list(candidates)
     with _lock:
+        for module in candidates:
+            if modules.original_class(module) and modules.wrapped_class(module):
+                raise RuntimeError(
+                    f"fully_shard made it a {type(module).__name__}, which it must stay: unfuse before fully_shard"
+                )
         for module in candidates:
             original = modules.original_class(module)
             if original is not None:

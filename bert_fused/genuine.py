@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-UNKNOWN = object()
 # The ``forward`` of each class that was found to be its own file's: reading its code in every call takes a microsecond.
 forwards: dict[type[nn.Module], Any] = {}
 
@@ -20,7 +19,7 @@ _CAPTURING = "transformers.utils.output_capturing"
 def class_is_patched(kind: type[nn.Module]) -> bool:
     """Whether a class's ``forward``, less decorators of its own package, is not code of the file that defines it."""
     forward = kind.forward
-    if forward is forwards.get(kind, UNKNOWN):
+    if forward is forwards.get(kind):
         return False
     package = os.path.dirname(str(sys.modules[kind.__module__.partition(".")[0]].__file__))
     function: Any = forward

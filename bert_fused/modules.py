@@ -18,14 +18,18 @@ from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from .blocks import INTERMEDIATE, POOLER, Block, block_of, formula_of
-from .dispatch import device_reason, tensor_reason
+from .dispatch import device_reason, interpreted, tensor_reason
 from .families import PREFIXES
-from .genuine import UNKNOWN, class_is_patched, forwards, hook_reason, is_defined_in
+from .genuine import class_is_patched, forwards, hook_reason, is_defined_in
 from .ops import cls_pool, linear_act
 
 _ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
 
+# Otherwise not even the question what serves a call, some microseconds, is asked for a CPU's tensors.
+_CPU_HAS_KERNELS = interpreted()
+
 _ACTIVATION_OF_TYPE = {
+    hf.GELUActivation: "gelu",
     hf.FastGELUActivation: "gelu_tanh",
     hf.QuickGELUActivation: "quick_gelu",
     hf.SiLUActivation: "silu",
@@ -112,7 +116,7 @@ def step_aside_reason(module: nn.Module, block: Block) -> str | None:
     linear = cast(nn.Linear, linear)
     for name, parameter in (("weight", linear.weight), ("bias", linear.bias)):
         if parameter is not None:
-            reason = tensor_reason(parameter)
+            reason = None if _is_gathered(linear, parameter) else tensor_reason(parameter)
             if reason is None and parameter.is_meta:
                 reason = "it is on the meta device"
             if reason is not None:
@@ -121,6 +125,14 @@ def step_aside_reason(module: nn.Module, block: Block) -> str | None:
     if activation_name(function) is None:
         return f"its activation, {_describe(function)}, has no kernel"
     return None
+
+
+def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
+    """Whether FSDP2 keeps a shard in a parameter's place between calls, and the whole, plain tensor during them.
+
+    A tensor-parallel parameter stays a DTensor; its linear layer has hooks, which are looked for before.
+    """
+    return type(parameter).__name__ == "DTensor" and bool(getattr(linear, "_is_fsdp_managed_module", False))
 
 
 def path_of(module: nn.Module, block: Block) -> str:
@@ -154,31 +166,35 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
 def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden_states: Any) -> str | None:
     """The kernels' name for a module's activation, or None if the module must step aside in this call.
 
-    Looks at what can change between calls; ``linear_act`` looks at the tensors.
+    Looks at what can change between calls, the likely answer in as few steps as can be; ``linear_act`` looks at the
+    tensors.
     """
-    if type(hidden_states) is not Tensor or class_is_patched(original):
+    if (
+        type(hidden_states) is not Tensor
+        or not (hidden_states.is_cuda or _CPU_HAS_KERNELS)
+        or (original.forward is not forwards.get(original) and class_is_patched(original))
+    ):
         return None
     kind = type(function)
+    name = _ACTIVATION_OF_TYPE.get(kind)
     if (
-        (kind is hf.GELUActivation or kind in _ACTIVATION_OF_TYPE)
+        name is not None
         and type(dense) is nn.Linear
-        and _is_untouched(dense, nn.Linear)
-        and _is_untouched(function, kind)
+        and nn.Linear.forward is forwards.get(nn.Linear)
+        and kind.forward is forwards.get(kind)
+        and not _is_touched(dense.__dict__)
+        and not _is_touched(function.__dict__)
         and not _has_any_global_hook()
+        and (kind is not hf.GELUActivation or function.act is F.gelu)
     ):
-        if kind is not hf.GELUActivation:
-            return _ACTIVATION_OF_TYPE[kind]
-        if function.act is F.gelu:
-            return "gelu"
+        return name
     return activation_name(function) if linear_reason(dense) is None else None
 
 
-def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module of class ``kind`` is known to run that class's own forward, global hooks aside."""
-    attributes = module.__dict__
-    return not (
-        kind.forward is not forwards.get(kind, UNKNOWN)
-        or attributes["_forward_hooks"]
+def _is_touched(attributes: dict[str, Any]) -> Any:
+    """Whether a module, by its attributes, runs more than its class's ``forward``, global hooks aside."""
+    return (
+        attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
@@ -313,9 +329,23 @@ def _make(original: type, mixins: tuple[type, ...], attributes: dict[str, Any]) 
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own."""
-    original = vars(type(module)).get("original")
-    return original if original is not None and _counterparts.get(original) is type(module) else None
+    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own.
+
+    Nor one that torch derived from these.
+    """
+    kind: Any = wrapped_class(module) or type(module)
+    original = vars(kind).get("original")
+    return original if original is not None and _counterparts.get(original) is kind else None
+
+
+def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class from which ``fully_shard`` derived the present one of a module that it made a unit; None elsewhere.
+
+    torch looks up the derived classes by identity, so that none of ours may take the place of one.
+    """
+    bases = type(module).__bases__
+    derived = len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
+    return cast(type[nn.Module], bases[1]) if derived else None
 
 
 def _unpickled(original: type) -> Any:

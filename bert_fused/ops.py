@@ -70,7 +70,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     """Keep what the wanted gradients need, and nothing else.
 
     The pre-activation is kept as an output, although no caller sees it: a saved output knows where it came from, so
-    that double backward differentiates through it (docs/design.md).
+    that double backward differentiates through it without x, weight and bias (docs/design.md).
     """
     x, weight, bias, activation, save_preact = inputs
     out, preact = output
@@ -88,11 +88,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
 
 
 def _backward(
-    ctx: Any, how: tuple[str, bool, bool], d_out: Tensor | None, d_preact_direct: Tensor | None
+    ctx: Any, how: tuple[str, bool, bool], d_out: Tensor | None, *d_others: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias. ``d_preact_direct`` comes only from a double backward."""
+    """Gradients of x, weight and bias.
+
+    d_others: the gradient of the pre-activation, where that is an output; None but in a double backward.
+    """
     x, weight, bias, saved = ctx.saved_tensors
     activation, save_preact, recompute = how
+    if d_others:
+        (d_preact_direct,) = d_others
+    else:
+        d_preact_direct, recompute = None, recompute or (activation in NEEDS_PREACT and torch.is_grad_enabled())
     x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
     if not save_preact or torch.compiler.is_compiling():
         d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
@@ -144,26 +151,32 @@ class _LinearAct(torch.autograd.Function):
 
 
 def _eager_graph(activation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """``_LinearAct`` in eager mode: ``(x, weight, bias, (out, preact))`` to these outputs with their graph, where x has
-    any number of dimensions.
+    """``_LinearAct`` in eager mode: ``(x, weight, bias, (out, preact))`` to a tuple that begins with out and its graph,
+    where x has any number of dimensions.
 
     One function for each activation, and as few steps as can be: this is a third of a call's time. A kept call and a
     new one save the same, since checkpointing compares what forward and recomputation save.
     """
-    how = activation, activation in NEEDS_PREACT, False
+    needs_preact = activation in NEEDS_PREACT
+    how = activation, needs_preact, False
     from_output = activation in GRAD_FROM_OUTPUT
 
     class LinearAct(torch.autograd.Function):
         @staticmethod
         def forward(
             ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: tuple[Tensor, Tensor | None]
-        ) -> tuple[Tensor, Tensor | None]:
+        ) -> tuple[Tensor | None, ...]:
+            out, preact = outputs
             ctx.set_materialize_grads(False)
+            if x.requires_grad and weight.requires_grad:
+                # A double backward computes the pre-activation anew from these: one output costs less than two.
+                ctx.save_for_backward(x, weight, bias if needs_preact else None, out if from_output else preact)
+                return (out,)
             ctx.save_for_backward(
                 x if weight.requires_grad else None,
                 weight if x.requires_grad else None,
                 None,
-                outputs[0] if from_output else outputs[1],
+                out if from_output else preact,
             )
             return outputs
 
@@ -291,7 +304,7 @@ def cls_pool(
         raise TypeError(f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}")
     if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
         raise ValueError(f"hidden_states must be [B, S, K] with S >= 1, got shape {tuple(hidden_states.shape)}")
-    return linear_act(hidden_states[:, 0], weight, bias, activation, recompute_preact=recompute_preact)
+    return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from benchmarks import ceilings, comparison, linear, models, plots, records, report, run
-from benchmarks.cases import SUITES, Case, cases
+from benchmarks.cases import CUT_OFF, SUITES, Case, cases
 from benchmarks.comparison import Implementation, each, figures, measure
 from benchmarks.records import BadResults, Writer, default_path, environment, parse, read
 from bert_fused import accuracy
@@ -546,6 +546,27 @@ def test_a_model_counts_tokens_that_are_real(monkeypatch: pytest.MonkeyPatch) ->
     assert models._compare(noisy, mask, exact, (hidden, pooled))["hidden_rms"] == 0
     with pytest.raises(ValueError, match="hidden"):
         models._compare((hidden + 1e-3 * mask[..., None], pooled), mask, exact, (hidden, pooled))
+
+
+def test_a_classifier_is_compared_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.LAYERS_AND_HEADS, "tiny", (2, 2))
+    monkeypatch.setitem(models.CLASSIFIERS, "shifted", lambda model: lambda *i: (1.01 * models.Logits(model)(*i)[0],))
+    case = Case("models", "tiny", "float32", "gelu", 32, 128, 64, 2, 16, ragged=True, head=True)
+    with torch.no_grad():
+        problem = models.problem(case, "cpu")
+        rows = {row["implementation"]: row for row in measure(problem, device="cpu", rounds=1)}
+    assert list(rows) == list(models.CLASSIFIERS)
+    assert "wrong result: RMS error of the logits" in rows.pop("shifted")["error"]
+    assert {row["error"] for row in rows.values()} == {None}
+    short = rows["ours unpadded, position 0 only"]["accuracy"]
+    assert 0 < short["logits_rms"] < 1e-6
+
+
+def test_a_mask_that_keeps_all() -> None:
+    case = Case("models", "tiny", "float32", "gelu", 32, 128, 64, 2, 16, ragged=True, median=CUT_OFF)
+    (_, mask), *_ = models.make_inputs(case, "cpu")
+    assert mask is not None
+    assert mask.all()
 
 
 def test_without_padding_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,19 @@ TIMES = ("ours_nograd_us", "ours_grad_us", "eager_nograd_us", "eager_grad_us", "
 
 
 def run(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks", "host", "--rounds", "8", "--json", str(out), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "host",
+        "--rounds",
+        "8",
+        "--processes",
+        "1",
+        "--json",
+        str(out),
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 1), done.stderr
     return done, json.loads(out.read_text())
@@ -42,14 +54,10 @@ def test_the_figures_and_the_gate(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_the_budgets_hold(tmp_path: Path) -> None:
-    """Other work on the machine can make one run slower, and hardly three.
-
-    With gradients the budget of 1.00 is met by a hair or missed by one (0.97 to 1.01); a tenth above it is a
-    regression.
-    """
+    """Other work on the machine can make one run slower, and hardly three."""
     for _ in range(3):
-        _, figures = run(tmp_path / "host.json", "--rounds", "150")
-        if figures["nograd_ratio"] <= host.BUDGETS["nograd"] and figures["grad_ratio"] <= 1.1 * host.BUDGETS["grad"]:
+        done, figures = run(tmp_path / "host.json", "--rounds", "150", "--processes", "3")
+        if done.returncode == 0:
             return
     pytest.fail(str(figures))
 
@@ -108,7 +116,7 @@ def test_a_child_that_fails_is_no_measurement(
     monkeypatch.setattr(stub_driver, "environment", lambda directory: without_the_stub)
     out = tmp_path / "host.json"
     assert host.main(["--json", str(out)]) == 2
-    assert "failed; its messages are above" in capfd.readouterr().err
+    assert "failed; see above" in capfd.readouterr().err
     assert not out.exists()
 
 

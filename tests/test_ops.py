@@ -135,7 +135,8 @@ def test_gradients_of_tensors_without_elements(activation, columns, inputs, shap
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+    "wanted",
+    [(True, True, True), (True, True, False), (True, False, False), (False, True, False), (False, False, True)],
 )
 def test_double_backward_matches_eager(activation, wanted) -> None:
     leaves = tensors(2, 3, grad=True)
@@ -169,7 +170,8 @@ def test_double_backward_runs_twice_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("activation", "wanted", "saved"),
     [
-        ("gelu", (True, True, True), {"x", "weight", "preact"}),
+        ("gelu", (True, True, True), {"x", "weight", "bias", "preact"}),
+        ("gelu", (True, True, False), {"x", "weight", "bias", "preact"}),
         ("gelu", (True, False, False), {"weight", "preact"}),
         ("gelu", (False, True, True), {"x", "preact"}),
         ("gelu", (False, False, True), {"preact"}),
@@ -189,7 +191,7 @@ def test_nothing_is_saved_that_no_gradient_needs(activation, wanted, saved, kern
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = linear_act(x, weight, bias, activation)
-    names = {x.data_ptr(): "x", weight.data_ptr(): "weight", out.data_ptr(): "out"}
+    names = {x.data_ptr(): "x", weight.data_ptr(): "weight", bias.data_ptr(): "bias", out.data_ptr(): "out"}
     assert {names.get(t.data_ptr(), "preact") for t in kept} == saved
     assert len(kept) == len(saved)
 
