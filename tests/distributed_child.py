@@ -143,6 +143,15 @@ def stuck(model: nn.Module) -> nn.Module:
     return model
 
 
+def encoder_kept(model: nn.Module) -> nn.Module:
+    """An encoder that is a unit runs dense, whatever is asked for later, and its class is FSDP2's for good."""
+    kinds = [type(module) for module in model.modules()]
+    assert "bert.encoder" in fuse(model, unpad=True).skipped
+    assert "bert.encoder" not in fuse(model).fused
+    assert [type(module) for module in model.modules()] == kinds
+    return model
+
+
 WAYS: dict[str, Callable[[], nn.Module]] = {
     "ddp, unfused": lambda: DistributedDataParallel(new()),
     "ddp, fused before": lambda: DistributedDataParallel(fused(new())),
@@ -157,6 +166,7 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
     "fsdp, unfused again": lambda: unfused_again(shard(fused(new()), layers)),
     "fsdp of blocks, fused before": lambda: stuck(shard(fused(new()), blocks)),
     "fsdp of blocks, fused after": lambda: refused(shard(new(), blocks)),
+    "fsdp of the encoder": lambda: encoder_kept(shard(fused(new(), unpad=True), lambda m: [m.bert.encoder])),
     "fsdp of linears": lambda: shard(fused(new()), linears),
 }
 

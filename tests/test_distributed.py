@@ -24,6 +24,7 @@ WAYS = {
     "fsdp, unfused again": (0, 0),
     "fsdp of blocks, fused before": (3, 3),
     "fsdp of blocks, fused after": (0, 0),
+    "fsdp of the encoder": (3, 3),
     "fsdp of linears": (0, 0),
 }
 
