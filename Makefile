@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test mutants fuzz lint matrix test-tritons numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -13,6 +13,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
+
+test-all: test
+	$(PYTEST) -n auto --maxprocesses 4 -m slow $(ARGS)
+
+# The wheel in clean environments of some 5 GB each, kept in .release/.
+test-release: $(VENV)/.test
+	$(PY) tests/release.py $(ARGS)
 
 mutants: $(VENV)/.test
 	$(PY) tests/mutants $(ARGS)
@@ -43,7 +50,7 @@ gpu-bench:
 	sh benchmarks/gpu.sh bench $(PYTHON)
 
 clean:
-	rm -rf $(VENV) .tritons
+	rm -rf $(VENV) .tritons .release
 
 # torch comes first and under the constraints, so that nothing below pulls another one.
 $(VENV)/.torch: constraints.txt

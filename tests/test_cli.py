@@ -136,20 +136,16 @@ def test_info_as_json(capsys) -> None:
     assert all(row["choice"] and row["because"] for row in rows)
 
 
-def test_demo_as_json(tiny_model) -> None:
+def test_demo_as_json(tiny_model, capsys) -> None:
     """One object on stdout, and nothing else there; bars and the story go to stderr."""
-    done = run("demo", "--texts", "4", "--query", "text", "--model", tiny_model, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model, "--json"]) == 0
+    out, error = capsys.readouterr()
+    result = json.loads(out)
     assert result["verified"] is True
     assert result["fused"] == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate", "pooler"]
     assert 0 <= result["largest_difference"] <= 1e-5
-    assert [(proof["module"], proof["dtype"]) for proof in result["interpreter"]] == [
-        (module, dtype) for module in ("intermediate", "pooler") for dtype in ("float32", "float16")
-    ]
-    assert all(0 < proof["share_of_bound"] <= 1 for proof in result["interpreter"])
     assert len(result["answers"]["text"]) == 3
-    assert "? text" in done.stderr
+    assert "? text" in error
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=["all", *COMMANDS])
