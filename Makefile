@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons hub docs pictures numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -38,6 +38,15 @@ matrix: $(VENV)/.test
 
 test-tritons: $(VENV)/.test
 	$(PY) -m benchmarks tritons $(ARGS)
+
+hub: $(VENV)/.test
+	$(PY) -m bert_fused.hub build/hub
+
+docs: $(VENV)/.test
+	$(PY) -m sphinx -W --keep-going -n -q -E -b html docs/api build/api
+
+pictures: $(VENV)/.test
+	PYTHONPATH=. $(PY) docs/draw.py
 
 numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)

@@ -43,10 +43,11 @@ class Options:
 class FuseReport:
     """What ``fuse`` did.
 
-    fused: names of the fused modules, as in ``model.named_modules()``.
-    skipped: name -> why a module of a supported shape was left alone. The name "" stands for the whole model, where
-        nothing in it has a supported shape.
-    paths: name -> what a fused module runs on its present device: "Triton", or "PyTorch" and the reason.
+    Attributes:
+        fused: names of the fused modules, as in ``model.named_modules()``.
+        skipped: name -> why a module of a supported shape was left alone. The name "" stands for the whole model, where
+            nothing in it has a supported shape.
+        paths: name -> what a fused module runs on its present device: "Triton", or "PyTorch" and the reason.
     """
 
     fused: tuple[str, ...]

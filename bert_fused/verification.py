@@ -18,9 +18,10 @@ from .fusion import fused, unfused
 class Verification:
     """How far a fused model's outputs are from the same model's unfused.
 
-    max_abs_error: largest absolute difference over all elements of all floating-point outputs.
-    cosine: smallest cosine similarity over the outputs, each taken as one vector.
-    outputs: number of output tensors compared.
+    Attributes:
+        max_abs_error: largest absolute difference over all elements of all floating-point outputs.
+        cosine: smallest cosine similarity over the outputs, each taken as one vector.
+        outputs: number of output tensors compared.
     """
 
     max_abs_error: float
