@@ -14,7 +14,7 @@ test: $(VENV)/.test
 	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
 
-test-all: test
+test-all: test $(VENV)/.dev
 	$(PYTEST) -n auto --maxprocesses 4 -m slow $(ARGS)
 
 # The wheel in clean environments of some 5 GB each, kept in .release/.
