@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test mutants fuzz lint matrix test-tritons numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons hub docs pictures numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -13,6 +13,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
+
+test-all: test $(VENV)/.dev
+	$(PYTEST) -n auto --maxprocesses 4 -m slow $(ARGS)
+
+# The wheel in clean environments of some 5 GB each, kept in .release/.
+test-release: $(VENV)/.test
+	$(PY) tests/release.py $(ARGS)
 
 mutants: $(VENV)/.test
 	$(PY) tests/mutants $(ARGS)
@@ -32,6 +39,15 @@ matrix: $(VENV)/.test
 test-tritons: $(VENV)/.test
 	$(PY) -m benchmarks tritons $(ARGS)
 
+hub: $(VENV)/.test
+	$(PY) -m bert_fused.hub build/hub
+
+docs: $(VENV)/.test
+	$(PY) -m sphinx -W --keep-going -n -q -E -b html docs/api build/api
+
+pictures: $(VENV)/.test
+	PYTHONPATH=. $(PY) docs/draw.py
+
 numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
 
@@ -43,7 +59,7 @@ gpu-bench:
 	sh benchmarks/gpu.sh bench $(PYTHON)
 
 clean:
-	rm -rf $(VENV) .tritons
+	rm -rf $(VENV) .tritons .release
 
 # torch comes first and under the constraints, so that nothing below pulls another one.
 $(VENV)/.torch: constraints.txt
@@ -51,6 +67,6 @@ $(VENV)/.torch: constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.test $(VENV)/.examples $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

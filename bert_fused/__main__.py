@@ -1,19 +1,46 @@
-"""``python -m bert_fused``: the command line."""
+"""Fused Triton kernels for BERT encoders: exact GELU, gradients, one line to put them into a Hugging Face model.
+
+  check  your model: what can be fused, whether it computes the same, and what is gained on this machine
+  demo   semantic search with a real model on real text, fused against unfused
+  info   versions, GPU, and which path each dtype and shape takes here, and why
+  tune   measure this GPU once, and prefer what is fastest from then on
+
+In Python: bert_fused.fuse(model), print the report it returns, and bert_fused.unfuse(model) to undo it.
+Exit codes: 0 all is well, 1 results differ or nothing could be measured, 2 a command cannot start.
+"""
 
 import argparse
 import sys
+from pathlib import Path
 
-from . import demo, info, tune
+from . import __version__, check, demo, info, tune
+from .command import CommandError, Parser
+
+COMMANDS = {"check": check, "demo": demo, "info": info, "tune": tune}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    script = Path(sys.argv[0]).stem
+    prog = script if script == "bert-fused" else "python -m bert_fused"
+    parser = Parser(prog=prog, description=__doc__, epilog=f"{prog} COMMAND --help says more, with examples.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            commands.add_parser(name, help=command.HELP, description=command.__doc__, epilog=command.EXAMPLES)
+        )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bert_fused", description="Fused Triton kernels for BERT encoders.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo.add_arguments(commands.add_parser("demo", help=demo.HELP, description=demo.__doc__))
-    info.add_arguments(commands.add_parser("info", help=info.HELP, description=info.__doc__))
-    tune.add_arguments(commands.add_parser("tune", help=tune.HELP, description=tune.__doc__))
-    arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments))
+    arguments = parse(argv)
+    try:
+        return int(arguments.run(arguments))
+    except CommandError as error:
+        print(f"{arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

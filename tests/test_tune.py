@@ -597,7 +597,7 @@ def test_info_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     assert main(ARGUMENTS) == 0
     capsys.readouterr()
-    info._print_choices(0, NAME, (torch.float16,), [(24, 64, 32), (30, 64, 32), (2000, 64, 32)])
+    info._print_choices(info._choices(0, NAME, (torch.float16,), [(24, 64, 32), (30, 64, 32), (2000, 64, 32)]))
     _, where, _, exact, near, far = capsys.readouterr().out.splitlines()
     assert str(user_tables.table_path(0, NAME)) in where
     assert re.search(r"measured here on \d{4}-\d\d-\d\d: 8 us, cuBLAS \+ pass 12, eager 14$", exact)

@@ -1,0 +1,77 @@
+"""The fused blocks in Hugging Face's Kernel Hub layout: ``python -m bert_fused.hub FOLDER`` writes ``FOLDER/build``.
+
+The files are copies of this package's own, which import each other relatively. Operators get a name of their own, so
+that the layers and an installed bert_fused can be loaded by one process. The Hub's own package is not needed here.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COPIED = {
+    "hub_layers.py": "layers.py",
+    **{name: name for name in ("dispatch.py", "genuine.py", "ops.py", "reference.py")},
+}
+INIT = '''"""BERT's dense blocks as single Triton kernels, for Hugging Face's kernelize. Made by bert_fused.hub."""
+
+from . import layers
+from .ops import cls_pool, linear_act
+
+__all__ = ["cls_pool", "layers", "linear_act"]
+'''
+# Of the repository, in the Hub's counting.
+VERSION = 1
+
+
+def build(folder: Path, backends: tuple[str, ...] = ("cuda",)) -> list[Path]:
+    """Write one variant for each backend; what was in their folders is replaced.
+
+    Returns:
+        The variants' folders.
+    """
+    files = {"__init__.py": INIT} | {name: (HERE / source).read_text() for source, name in COPIED.items()}
+    for path in sorted((HERE / "kernels").rglob("*")):
+        if path.suffix in (".py", ".json"):
+            files[path.relative_to(HERE).as_posix()] = path.read_text()
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
+    variants = []
+    for backend in backends:
+        # The module's name as well as the operators': unique to version and backend.
+        identity = f"bert_fused_{backend}_{digest}"
+        variant = folder / "build" / f"torch-{backend}"
+        shutil.rmtree(variant, ignore_errors=True)
+        for name, text in files.items():
+            path = variant / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(re.sub(r"\bbert_fused\b", identity, text) if name == "ops.py" else text)
+        metadata = {
+            "id": identity,
+            "name": "bert-fused",
+            "version": VERSION,
+            "license": "Apache-2.0",
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        shutil.copyfile(HERE / "py.typed", variant / "py.typed")
+        variants.append(variant)
+    return variants
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bert_fused.hub", description=__doc__)
+    parser.add_argument("folder", type=Path, help="the repository to be")
+    parser.add_argument("--backends", nargs="+", choices=("cuda", "cpu"), default=["cuda"], help="default cuda")
+    arguments = parser.parse_args(argv)
+    for variant in build(arguments.folder, tuple(arguments.backends)):
+        print(variant)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
