@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons hub docs pictures numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons models hub docs pictures numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -14,7 +14,7 @@ test: $(VENV)/.test
 	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
 
-test-all: test $(VENV)/.dev
+test-all: test $(VENV)/.dev $(VENV)/.examples
 	$(PYTEST) -n auto --maxprocesses 4 -m slow $(ARGS)
 
 # The wheel in clean environments of some 5 GB each, kept in .release/.
@@ -38,6 +38,9 @@ matrix: $(VENV)/.test
 
 test-tritons: $(VENV)/.test
 	$(PY) -m benchmarks tritons $(ARGS)
+
+models: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/families.py $(ARGS)
 
 hub: $(VENV)/.test
 	$(PY) -m bert_fused.hub build/hub

@@ -1,4 +1,4 @@
-"""The supported families of Hugging Face's models, which are one architecture under five names."""
+"""The families of Hugging Face's models whose encoders can be fused: one architecture under five names."""
 
 # The module of transformers that defines a family -> what the names of its classes begin with.
 PREFIXES = {
