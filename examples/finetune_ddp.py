@@ -170,6 +170,10 @@ def main() -> None:
         scheduler.load_state_dict(saved["scheduler"])
         done = saved["done"]
         set_random_state(saved["random"][rank])
+    steps: list[Any] = [None] * world
+    dist.all_gather_object(steps, done)
+    if len(set(steps)) > 1:
+        raise SystemExit(f"the processes see checkpoints of steps {steps}: --out must be one folder for all")
     if rank == 0:
         print(report if saved is None else f"goes on after step {done}", flush=True)
 
