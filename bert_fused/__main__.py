@@ -1,10 +1,5 @@
 """Fused Triton kernels for BERT encoders: exact GELU, gradients, one line to put them into a Hugging Face model.
 
-  check  your model: what can be fused, whether it computes the same, and what is gained on this machine
-  demo   semantic search with a real model on real text, fused against unfused
-  info   versions, GPU, and which path each dtype and shape takes here, and why
-  tune   measure this GPU once, and prefer what is fastest from then on
-
 In Python: bert_fused.fuse(model), print the report it returns, and bert_fused.unfuse(model) to undo it.
 Exit codes: 0 all is well, 1 results differ or nothing could be measured, 2 a command cannot start.
 """

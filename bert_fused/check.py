@@ -54,7 +54,7 @@ ROUNDING = 4
 # For outputs so few that their largest error is small by luck: this many units in the last place.
 ULPS = 8
 CHECKED_ROWS, CHECKED_TOKENS = 4, 64
-ROUNDS = 30
+ROUNDS, ENOUGH_ROUNDS = 30, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -261,14 +261,18 @@ def _print(result: dict[str, Any]) -> None:
     print(f"timed on    {result['timed_on']}")
     if result["no_kernel_because"] is not None:
         print("Without options fused and unfused are the same PyTorch here: their times differ by noise.")
+    if len(result["variants"]) == 1:
+        print("--unpad and --cls-only try what else fuse can do: no work on padding, or on what nobody reads.")
 
 
 def _print_gain(gain: dict[str, Any] | None) -> None:
     if gain is None:
-        print("  not timed")
+        print("  not timed: no round fits into --seconds")
         return
     low, high = gain["interval"]
     print(
         f"  {gain['fused_ms']:.1f} ms, unfused {gain['unfused_ms']:.1f} ms: {gain['times_as_fast']:.2f} times as fast "
         f"[{low:.2f}, {high:.2f}], {gain['rounds']} rounds"
     )
+    if gain["rounds"] < ENOUGH_ROUNDS:
+        print("  too few rounds to tell: give it more --seconds, or a smaller --batch")

@@ -94,6 +94,11 @@ def test_the_times_are_of_what_they_say(tmp_path, capsys, monkeypatch) -> None:
     assert gain["rounds"] == 5
     assert gain["interval"][1] < 0.5
     assert gain["fused_ms"] > 500 > gain["unfused_ms"]
+    check_module._print(result)
+    assert re.search(r"0\.\d\d times as fast \[0\.\d\d, 0\.\d\d\], 5 rounds\n\n", capsys.readouterr().out)
+    gain["rounds"] = 4
+    check_module._print(result)
+    assert "too few rounds to tell" in capsys.readouterr().out
 
 
 def test_without_a_tokenizer_and_in_words(tmp_path, capsys) -> None:

@@ -156,7 +156,7 @@ def test_help_teaches(arguments, capsys) -> None:
     out = capsys.readouterr().out
     if not arguments:
         for name in COMMANDS:
-            assert re.search(rf"^  {name} +\w+", out, re.MULTILINE)
+            assert re.search(rf"^    {name} +\w+", out, re.MULTILINE)
         assert "Exit codes: 0" in out
         return
     examples = re.findall(r"^  (python -m bert_fused .*)$", out, re.MULTILINE)
