@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test mutants fuzz lint matrix test-tritons numerics gpu gpu-bench clean
+.PHONY: demo test mutants fuzz lint matrix test-tritons numerics models gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -34,6 +34,9 @@ test-tritons: $(VENV)/.test
 
 numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
+
+models: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/families.py $(ARGS)
 
 # For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
 gpu:

@@ -1,4 +1,4 @@
-"""The supported families of Hugging Face's models, which are one architecture under five names."""
+"""The families whose encoder ``fuse`` knows as well: one architecture of Hugging Face under five names."""
 
 # The module of transformers that defines a family -> what the names of its classes begin with.
 PREFIXES = {
