@@ -43,10 +43,11 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=200)[0] for rank in ranks]
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
 
     found = json.loads((tmp_path / "found.json").read_text())
