@@ -175,7 +175,7 @@ def main() -> None:
     rank, meeting, found = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     # Neither waits for long where the other has died.
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=150)
     )
     count_launches()
     results = {"one process": train(new(), slice(None))}

@@ -43,10 +43,11 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=200)[0] for rank in ranks]
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
 
     found = json.loads((tmp_path / "found.json").read_text())
@@ -56,4 +57,4 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     for way, run in found.items():
         for what in ("losses", "weights"):
             errors = [abs(mine - other) for mine, other in zip(run[what], alone[what], strict=True)]
-            assert max(errors) <= 1e-5, f"{way}: {what} {run[what]}, one process unfused {alone[what]}"
+            assert max(errors) <= 1e-6, f"{way}: {what} {run[what]}, one process unfused {alone[what]}"
