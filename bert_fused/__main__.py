@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from . import __version__, check, demo, info, tune
 from .command import CommandError, Parser
 
@@ -33,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except CommandError as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"{arguments.command}: out of memory on the device; --help says what makes less of it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

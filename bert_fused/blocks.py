@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 import textwrap
+import tokenize
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +132,10 @@ def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     if len(names) != 2:
         return None
-    *assignments, last = _statements(definition)
+    statements = _statements(definition)
+    if not statements:
+        return None
+    *assignments, last = statements
     owner, current = names
     chain: list[str] = []
     for statement in assignments:
@@ -187,7 +191,7 @@ def _definition(function: Any) -> ast.FunctionDef | None:
     try:
         # Of the code, since the source of a function is looked up behind its decorators.
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
-    except (AttributeError, OSError, SyntaxError):
+    except (AttributeError, OSError, TypeError, SyntaxError, tokenize.TokenError):
         return None
     (definition,) = tree.body
     return definition if isinstance(definition, ast.FunctionDef) else None

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +31,11 @@ from .command import (
     CommandError,
     add_json,
     device_of,
-    first_sentence,
+    its_fault,
     load_model,
     load_tokenizer,
     print_json,
+    reasons,
     require,
 )
 from .dispatch import device_reason
@@ -100,12 +102,12 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     model, drawn = load_model(arguments.model, device, dtype, head=True)
     with fused(model) as report:
         if not report.fused:
-            raise CommandError(f"nothing in {arguments.model} can be fused: {'; '.join(report.skipped.values())}")
+            raise CommandError(f"nothing in {arguments.model} can be fused: {reasons(report.skipped)}")
     tokenizer = load_tokenizer(arguments.model)
     texts = [text for _, text in docstrings(max(arguments.batch, CHECKED_ROWS))]
-    few, few_are = sample_for(model, tokenizer, texts[:CHECKED_ROWS], min(arguments.tokens, CHECKED_TOKENS))
-    batch, batch_is = sample_for(model, tokenizer, texts[: arguments.batch], arguments.tokens)
-    with _its_fault(model):
+    with its_fault(model):
+        few, few_are = sample_for(model, tokenizer, texts[:CHECKED_ROWS], min(arguments.tokens, CHECKED_TOKENS))
+        batch, batch_is = sample_for(model, tokenizer, texts[: arguments.batch], arguments.tokens)
         rounding = rounding_errors(model, few)
         _forward(model, batch)
 
@@ -149,17 +151,12 @@ def _wishes(arguments: argparse.Namespace) -> list[dict[str, bool]]:
     return [*wishes, {"unpad": True, "cls_only": True}] if len(wishes) == 3 else wishes
 
 
-@contextlib.contextmanager
-def _its_fault(model: nn.Module) -> Any:
-    """What fails here fails without us: the model is not fused."""
-    try:
-        yield
-    except Exception as error:
-        raise CommandError(f"cannot run {type(model).__name__} on the sample: {first_sentence(error)}") from error
-
-
 def rounding_errors(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """How far each finite output of the model, as it is, may move if the same sums are rounded elsewhere."""
+    """How far each output of the model, as it is, may move if the same sums are rounded elsewhere.
+
+    Raises:
+        CommandError: there is nothing to compare: its own results are not finite.
+    """
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "mps" else device  # has no float64
     exact_inputs = {
@@ -171,6 +168,9 @@ def rounding_errors(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, fl
     for path, rounded in outputs_of(model, (), inputs).items():
         here = rounded.to(device)
         finite = here.isfinite() & exact[path].isfinite()
+        if (~here.isfinite() & (exact[path] != -math.inf)).any():  # a mask may be of infinities, nothing else
+            dtype = str(rounded.dtype).removeprefix("torch.")
+            raise CommandError(f"the unfused model's own {path or 'output'} is not finite in {dtype}; see --dtype")
         values = exact[path].masked_fill(~finite, 0.0)
         scale = float(values.abs().max()) if values.numel() else 0.0
         error = max_abs_error(here.masked_fill(~finite, 0.0), values)

@@ -1,11 +1,12 @@
 """What the subcommands share: one kind of error, and loading a model from a folder without a network."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -39,6 +40,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def print_json(result: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+def reasons(skipped: dict[str, str]) -> str:
+    """Why modules were left alone, each reason once."""
+    return "; ".join(dict.fromkeys(skipped.values()))
 
 
 def first_sentence(error: BaseException) -> str:
@@ -99,10 +105,26 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, *, head: 
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             kind = named
         model, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        model = cast(nn.Module, model).eval().to(device)
     except Exception as error:
         # Whatever a broken folder makes transformers raise, the user needs the folder and the first sentence.
         raise CommandError(f"cannot load a model from {folder}: {first_sentence(error)}") from error
-    return cast(nn.Module, model).eval().to(device), sorted(loading["missing_keys"])
+    return model, sorted(loading["missing_keys"])
+
+
+@contextlib.contextmanager
+def its_fault(model: nn.Module) -> Iterator[None]:
+    """What fails here fails without us: the model is not fused.
+
+    Raises:
+        CommandError: something failed.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        raise CommandError(f"cannot run {type(model).__name__} on the sample: {first_sentence(error)}") from error
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -26,9 +26,11 @@ from .command import (
     Tokenizer,
     add_json,
     device_of,
+    its_fault,
     load_model,
     load_tokenizer,
     print_json,
+    reasons,
     require,
 )
 from .dispatch import device_reason
@@ -100,12 +102,13 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
     def embed(label: str) -> tuple[Tensor, float]:
         return _embed(model, tokenizer, [*texts, *queries], label)
 
-    _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
-    unfused_embeddings, unfused_seconds = embed("unfused")
+    with its_fault(model):
+        _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
+        unfused_embeddings, unfused_seconds = embed("unfused")
     sample = tokenize(tokenizer, list(texts[:4]), device, max_tokens=16)
     with fused(model) as report:
         if not report.fused:
-            raise CommandError(f"nothing in {folder} can be fused: {'; '.join(report.skipped.values())}")
+            raise CommandError(f"nothing in {folder} can be fused: {reasons(report.skipped)}")
         _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
         fused_embeddings, fused_seconds = embed("fused")
         verification = verify(model, **sample)
@@ -250,7 +253,7 @@ def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
         if blocks.block_of(type(module)) not in (blocks.INTERMEDIATE, blocks.POOLER) or f"{kind}.weight" in tensors:
             continue
         dense = getattr(module, "dense", None)
-        if not isinstance(dense, nn.Linear):
+        if not isinstance(dense, nn.Linear) or dense.bias is None:
             continue
         tensors[f"{kind}.weight"], tensors[f"{kind}.bias"] = dense.weight.detach(), dense.bias.detach()
 

@@ -4,8 +4,8 @@
 Every other class that ``blocks.py`` knows gets a ``Fused...`` counterpart when it is first asked for.
 """
 
-import copyreg
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, cast
@@ -284,10 +284,6 @@ class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
     block = POOLER
 
 
-class _Made(type):
-    """The type of classes made on demand, so that they can be pickled: as Hugging Face's class and what to do to it."""
-
-
 # Hugging Face's class -> its fused counterpart, as far as there are.
 _counterparts: dict[type, Any] = {BertIntermediate: FusedBertIntermediate, BertPooler: FusedBertPooler}
 
@@ -298,7 +294,9 @@ def fused_class(original: type) -> Any:
         block = block_of(original)
         if block is None:
             return None
-        bases: tuple[type, ...] = {INTERMEDIATE: (_FusedIntermediate,), POOLER: (_FusedPooler,)}.get(block, ())
+        bases: tuple[type, ...] = ()
+        if list(inspect.signature(cast(Any, original).forward).parameters) == ["self", "hidden_states"]:
+            bases = {INTERMEDIATE: (_FusedIntermediate,), POOLER: (_FusedPooler,)}.get(block, ())
         own = {} if bases else {block.method: _fused_method(original, block)}
         _make(original, bases, {"block": block, "__doc__": f"``{original.__name__}`` in one kernel."} | own)
     made = _counterparts[original]
@@ -322,8 +320,8 @@ def fused_encoder_class(original: type) -> Any:
 
 
 def _make(original: type, mixins: tuple[type, ...], attributes: dict[str, Any]) -> None:
-    attributes |= {"__module__": __name__, "original": original}
-    made = _Made(f"Fused{original.__name__}", (*mixins, original), attributes)
+    attributes |= {"__module__": __name__, "original": original, "__reduce_ex__": _reduce}
+    made = type(f"Fused{original.__name__}", (*mixins, original), attributes)
     # Two threads may both get here; all must see the class that came first.
     _counterparts.setdefault(original, made)
 
@@ -348,8 +346,15 @@ def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
     return cast(type[nn.Module], bases[1]) if derived else None
 
 
-def _unpickled(original: type) -> Any:
-    return fused_class(original) or fused_encoder_class(original) or original
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """A module of a class that was made here is pickled as Hugging Face's class and what was done to it.
+
+    By the module and not by its class, since cloudpickle (Ray, joblib) would copy a class that it cannot find by name.
+    """
+    reduced: Any = object.__reduce_ex__(module, protocol)
+    return _blank, (_original_now(module),), *reduced[2:]
 
 
-copyreg.pickle(_Made, lambda made: (_unpickled, (vars(made)["original"],)))
+def _blank(original: type[nn.Module]) -> nn.Module:
+    kind = fused_class(original) or fused_encoder_class(original) or original
+    return cast(nn.Module, kind.__new__(kind))

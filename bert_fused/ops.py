@@ -96,10 +96,7 @@ def _backward(
     """
     x, weight, bias, saved = ctx.saved_tensors
     activation, save_preact, recompute = how
-    if d_others:
-        (d_preact_direct,) = d_others
-    else:
-        d_preact_direct, recompute = None, recompute or (activation in NEEDS_PREACT and torch.is_grad_enabled())
+    d_preact_direct = d_others[0] if d_others else None
     x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
     if not save_preact or torch.compiler.is_compiling():
         d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
@@ -108,6 +105,10 @@ def _backward(
     if recompute:
         # By the kernel of the forward, so that it has the bits that would have been saved.
         saved = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, "none", False)[0]
+    elif not d_others and activation in NEEDS_PREACT and torch.is_grad_enabled():
+        # The saved value, with the derivative of where it came from.
+        origin = torch.ops.bert_fused.linear_act_fwd(x, weight, ctx.bias, "none", False)[0]
+        saved = saved + (origin - origin.detach())
     d_bias: Tensor | None = None
     if d_out is None:
         d_preact = d_preact_direct
@@ -157,8 +158,7 @@ def _eager_graph(activation: str) -> Callable[..., tuple[Tensor, Tensor | None]]
     One function for each activation, and as few steps as can be: this is a third of a call's time. A kept call and a
     new one save the same, since checkpointing compares what forward and recomputation save.
     """
-    needs_preact = activation in NEEDS_PREACT
-    how = activation, needs_preact, False
+    how = activation, activation in NEEDS_PREACT, False
     from_output = activation in GRAD_FROM_OUTPUT
 
     class LinearAct(torch.autograd.Function):
@@ -169,8 +169,9 @@ def _eager_graph(activation: str) -> Callable[..., tuple[Tensor, Tensor | None]]
             out, preact = outputs
             ctx.set_materialize_grads(False)
             if x.requires_grad and weight.requires_grad:
-                # A double backward computes the pre-activation anew from these: one output costs less than two.
-                ctx.save_for_backward(x, weight, bias if needs_preact else None, out if from_output else preact)
+                # One output costs less than two: with these a double backward can tie the pre-activation to its origin.
+                ctx.save_for_backward(x, weight, None, out if from_output else preact)
+                ctx.bias = bias  # eager allows it to change before the backward pass, and only its gradient is wanted
                 return (out,)
             ctx.save_for_backward(
                 x if weight.requires_grad else None,

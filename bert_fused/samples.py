@@ -5,7 +5,7 @@ import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +67,15 @@ def sample_for(
     Raises:
         CommandError: the model takes something else, or the tokenizer is another model's.
     """
-    config: Any = model.config
+    config: Any = cast(Any, model.config).get_text_config()
     parameter = next(model.parameters())
     takes = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
+    pixels: dict[str, Tensor] = {}
+    if takes == "pixel_values" or hasattr(model.config, "vision_config"):
+        pixels["pixel_values"] = _random_pixels(model.config, len(texts), generator).to(parameter)
     if takes == "pixel_values":
-        size = config.image_size
-        shape = (len(texts), config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
-        pixels = torch.randn(shape, generator=generator)
-        return {takes: pixels.to(parameter)}, f"random pixels, {_times(shape)}"
+        return pixels, f"random pixels, {_times(pixels[takes].shape)}"
     if takes != "input_ids":
         raise CommandError(f"{type(model).__name__} takes {takes}, for which there is no sample")
     longest = min(max_tokens, getattr(config, "max_position_embeddings", max_tokens))
@@ -89,16 +89,25 @@ def sample_for(
         inputs = tokenize(tokenizer, texts, parameter.device, min(longest, known))
         what = "docstrings of Python's standard library"
     ids = inputs["input_ids"]
+    if ids.shape[1] > longest:
+        raise CommandError(f"the tokenizer gives no fewer than {ids.shape[1]} tokens, and {longest} are asked for")
     if int(ids.max()) >= config.vocab_size:
         raise CommandError(f"the tokenizer gives ids up to {int(ids.max())}, but the model knows {config.vocab_size}")
     mask = inputs.get("attention_mask")
     real = "" if mask is None else f", {float(mask.float().mean()):.0%} of the tokens real and the rest padding"
-    return inputs, f"{what}, {_times(ids.shape)}{real}"
+    return inputs | pixels, f"{what}, {_times(ids.shape)}{real}" + ", and random pixels" * bool(pixels)
+
+
+def _random_pixels(config: Any, rows: int, generator: torch.Generator) -> Tensor:
+    config = getattr(config, "vision_config", config)
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.randn(rows, config.num_channels, height, width, generator=generator)
 
 
 def _random_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Rows of different length, with padding behind all but the first."""
-    pad = config.pad_token_id or 0
+    pad = getattr(config, "pad_token_id", None) or 0
     ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator)
     ids = torch.where(ids == pad, (ids + 1) % config.vocab_size, ids)
     lengths = torch.linspace(length, max(1, length // 4), rows).long()

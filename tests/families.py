@@ -126,7 +126,9 @@ def check(folder: Folder) -> dict[str, str]:
     for name in kinds.keys() - verdicts.keys():
         module = built(kinds[name], homes)
         verdicts[name] = (
-            check_alone(module, folder.blocks[name]) if module is not None else "in no model that was built"
+            check_alone(module, folder.blocks[name])
+            if module is not None
+            else "fused, but not compared: no configuration was found"
         )
     return verdicts
 
@@ -270,11 +272,12 @@ def page(rows: list[tuple[Folder, dict[str, str]]]) -> str:
             f"{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by",
             f"{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.",
             "",
-            "A class is fused if its own code is one of the chains of steps in `bert_fused/blocks.py`. Of those left",
-            "alone the table says what their code is: another chain, gated (a product of two layers), or more than a",
-            "chain. A module with an adapter, a hook or an activation without a kernel is left alone wherever it is.",
+            "A class is fused if its own code is one of the chains of steps in `bert_fused/blocks.py`. The rest are",
+            "left alone, and the table says what their code is: another chain, gated (a product of two layers), or",
+            "more than a chain. A module with an adapter, a hook or an activation without a kernel is left alone",
+            "wherever it is.",
             "",
-            "| folder | model types | fused, checked inside a model | fused, checked alone | left alone |",
+            "| folder | model types | fused, checked inside a model | fused, checked alone | the rest |",
             "|---|---|---|---|---|",
             *lines,
             "",

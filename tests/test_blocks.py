@@ -122,6 +122,7 @@ def test_other_steps() -> None:
         "x = self.dense(x[:, 0, 0]); x = self.act(x); return x",
         "x = self.dense(x[1:, 0]); x = self.act(x); return x",
         "x = self.dense(y); x = self.act(x); return x",
+        '"nothing but a docstring"',
     ],
 )
 def test_no_chain(body: str) -> None:
@@ -357,8 +358,9 @@ def test_a_folder_is_checked_inside_a_model() -> None:
 def test_the_installed_transformers_and_the_page() -> None:
     folders = list(families.folders())
     holders = {block: [f.name for f in folders if block in f.blocks.values()] for block in _BLOCKS.values()}
-    assert len(holders[INTERMEDIATE]) >= 62
+    assert len(holders[INTERMEDIATE]) >= 60
     assert len(holders[POOLER]) >= 44
+    assert sum(bool(folder.blocks) for folder in folders) >= 126  # as in transformers 5.0; 166 in 5.23
     assert all(holders.values()), "a block that no class of transformers has"
 
     page = families.PAGE.read_text()

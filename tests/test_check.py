@@ -13,6 +13,8 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2Model,
 )
@@ -76,6 +78,7 @@ def test_a_model_in_16_bits(dtype, tmp_path, capsys) -> None:
         assert 0 < output["difference"] <= output["explained"] <= 100 * eps
 
 
+@pytest.mark.alone
 def test_the_times_are_of_what_they_say(tmp_path, capsys, monkeypatch) -> None:
     """A planted delay in the fused module alone comes out in the fused model's time."""
     make(BertForMaskedLM, num_hidden_layers=1).save_pretrained(tmp_path)
@@ -131,6 +134,37 @@ def test_wrong_results_are_found(fault, tmp_path, capsys, monkeypatch) -> None:
     assert result["verified"] is False
     check_module._print(result)
     assert "WRONG: differs by more than rounding" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e6, "float16")])
+def test_results_that_are_not_finite_verify_nothing(value, dtype, tmp_path, capsys) -> None:
+    model = make(BertForSequenceClassification)
+    with torch.no_grad():
+        model.classifier.bias[0] = value
+    model.save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["check", str(tmp_path), "--dtype", dtype, "--seconds", "0", "--json"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error == f"check: the unfused model's own logits is not finite in {dtype}; see --dtype\n"
+
+
+def test_a_model_of_text_and_pictures(tmp_path, capsys) -> None:
+    part = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = part | {"vocab_size": 60, "eos_token_id": 2}, part | {"image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
+    capsys.readouterr()
+    code, result = check(tmp_path, "--seconds", "0", capsys=capsys)
+    assert code == 0
+    assert result["variants"][0]["fused"] == ["text_model.encoder.layers.0.mlp", "vision_model.encoder.layers.0.mlp"]
+    assert result["verified_on"].endswith("and random pixels")
+
+
+def test_more_tokens_than_are_asked_for(tokenizer, tmp_path, capsys) -> None:
+    make(vocab_size=30522).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["check", str(tmp_path), "--tokens", "1", "--seconds", "0"]) == 2
+    assert "tokens, and 1 are asked for\n" in capsys.readouterr().err
 
 
 def test_weights_that_the_folder_lacks_are_named(tmp_path, capsys) -> None:

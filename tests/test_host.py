@@ -30,7 +30,7 @@ def run(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], d
         str(out),
         *arguments,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode in (0, 1), done.stderr
     return done, json.loads(out.read_text())
 

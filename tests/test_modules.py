@@ -6,8 +6,13 @@ import importlib
 import io
 import pickle
 import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,9 +212,35 @@ def test_fused_classes_are_picklable_subclasses(name) -> None:
     assert fused.__name__ == f"Fused{name}"
     assert issubclass(fused, original)
     assert fused is fused_class(original)
-    assert pickle.loads(pickle.dumps(fused)) is fused
+    module = fused.__new__(fused)
+    nn.Module.__init__(module)
+    assert type(pickle.loads(pickle.dumps(module))) is fused
     mine = type(name, (original,), {"__module__": original.__module__})
     assert fused_class(mine) is None
+
+
+def test_a_fused_model_pickled_by_cloudpickle_is_fused_in_another_process(tmp_path) -> None:
+    """As Ray and joblib send it. A class that has no name to be found by would arrive as a copy that is nobody's."""
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40))
+    assert bert_fused.fuse(model).fused == ("layers.0.mlp", "pooler")
+    (tmp_path / "model").write_bytes(cloudpickle.dumps(model))
+    script = """
+        import pickle, sys
+        from pathlib import Path
+        import bert_fused
+        from bert_fused.modules import fused_class, original_class
+        model = pickle.loads(Path(sys.argv[1]).read_bytes())
+        kinds = [type(module) for module in model.modules()]
+        originals = [original for module in model.modules() if (original := original_class(module))]
+        print([original.__name__ for original in originals], all(fused_class(o) in kinds for o in originals))
+        bert_fused.unfuse(model)
+        print([original for module in model.modules() if (original := original_class(module))])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "model")]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["['ViTMLP', 'ViTPooler'] True", "[]"]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
