@@ -157,17 +157,18 @@ def test_double_backward_matches_eager(activation, wanted) -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
 @pytest.mark.parametrize("changed", [0, 1, 2], ids=["x", "weight", "bias"])
-def test_changes_in_place_before_the_backward_pass(changed, activation) -> None:
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])
+def test_changes_in_place_before_the_backward_pass(wanted, changed, activation) -> None:
     """What eager allows is allowed, what it refuses is refused."""
 
     def outcome(function):
-        leaves = tensors(2, 3, grad=True)
-        arguments = [1 * leaf for leaf in leaves]  # a leaf could not be changed where gradients are on
+        leaves = [t.requires_grad_(flag) for t, flag in zip(tensors(2, 3), wanted, strict=True)]
+        arguments = [1 * leaf for leaf in leaves]
         out = function(*arguments, activation)
         with torch.no_grad():
             arguments[changed].add_(1)
         try:
-            return torch.autograd.grad(out.sum(), leaves, create_graph=True)
+            return torch.autograd.grad(out.sum(), [leaf for leaf in leaves if leaf.requires_grad], create_graph=True)
         except RuntimeError as error:
             return str(error).partition(":")[0]
 
