@@ -76,7 +76,7 @@ def packing_of(keep: Tensor, *, needs_first: bool) -> Packing | None:
 
     keep: ``[B, S]``, bool, the real tokens. needs_first: somebody reads position 0 even where it is padding.
     """
-    if keep.numel() == 0:
+    if keep.numel() == 0 or (keep.device.type == "cpu" and bool(keep.all())):  # on a GPU: one more wait
         return None
     lengths = keep.sum(1)
     tokens, firsts = torch.stack((lengths.sum(), keep[:, 0].sum())).tolist()
