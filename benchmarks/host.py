@@ -25,8 +25,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_fused.timing import interleave, ratio, summarize
-
 from . import stub_driver
 from .records import ROOT
 
@@ -58,6 +56,7 @@ def measure(rounds: int, planted_us: float) -> Samples:
     from bert_fused.kernels import replay
     from bert_fused.kernels.configs import get_config
     from bert_fused.kernels.linear_act import linear_act_fwd
+    from bert_fused.timing import interleave
 
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(False)
@@ -104,6 +103,9 @@ def measure(rounds: int, planted_us: float) -> Samples:
 
 def figures_of(processes: Sequence[Samples]) -> dict[str, Any]:
     """Medians, and ours over eager's with an interval, of the samples that several processes took."""
+    # Not above: a process that measures must install the stub before it imports torch.
+    from bert_fused.timing import ratio, summarize
+
     samples = {name: [value for one in processes for value in one[name]] for name in processes[0]}
     figures: dict[str, Any] = {f"{name}_us": summarize(values).median for name, values in samples.items()}
     for kind in ("", "pooler_"):
