@@ -12,7 +12,6 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-import cloudpickle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,6 +220,7 @@ def test_fused_classes_are_picklable_subclasses(name) -> None:
 
 def test_a_fused_model_pickled_by_cloudpickle_is_fused_in_another_process(tmp_path) -> None:
     """As Ray and joblib send it. A class that has no name to be found by would arrive as a copy that is nobody's."""
+    cloudpickle = pytest.importorskip("cloudpickle")
     from transformers import ViTConfig, ViTModel
 
     model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40))
