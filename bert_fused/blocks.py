@@ -43,6 +43,9 @@ _CHAINS = {
 # Functions of a model's own that have a kernel.
 _FORMULAS = {"x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))": "gelu"}
 
+# How the classes are called in which a linear layer and its activation are expected.
+_EXPECTED_IN = ("Intermediate", "Pooler", "ClassificationHead", "FeedForward", "FFN")
+
 _FIRST, _DROPOUT = "[:,0]", "dropout"
 _HOME = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 
@@ -96,7 +99,7 @@ def lookalike_reason(module: nn.Module) -> str | None:
     """Why a module of transformers that looks like one that can be fused cannot, or None if it looks like none."""
     kind = type(module)
     children = module._modules.keys()
-    alike = kind.__name__.endswith(("Intermediate", "Pooler")) or any(
+    alike = kind.__name__.endswith(_EXPECTED_IN) or any(
         {block.linear, block.activation} <= children for block in _BLOCKS.values()
     )
     if not alike or not _is_block_class(kind):

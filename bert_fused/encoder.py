@@ -2,21 +2,26 @@
 
 Hugging Face's encoder is given the mask that its attention wants, not the caller's, and does not know who reads its
 result. Both come as a ``Request``, which hooks put among the keyword arguments on their way down (``readers.py``).
+
+Hugging Face's own encoder and layers then run, on packed rows ``[1, T, H]``. In the place of an attention mask they hand
+an ``EncoderMask`` down to the self-attention, which is of a class of ours. Where only position 0 is read, the last
+layer's attention is of a class of ours as well, and what follows it in that layer sees that position alone.
 """
 
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from .dispatch import reading_reason
-from .genuine import class_is_patched, is_defined_in, watch_reason
+from .dispatch import logger, reading_reason
+from .genuine import arguments, class_is_patched, is_defined_in, signature_of, watch_reason
 from .packing import Packing, kept, packing_of
 
 CLSOnly = bool | Literal["auto"]
@@ -24,8 +29,14 @@ CLSOnly = bool | Literal["auto"]
 # The keyword argument that a request travels in.
 REQUEST = "bert_fused_request"
 
-# Keyword arguments that change nothing about the encoder's result.
+# Keyword arguments that change nothing about the result of an encoder or an attention.
 _HARMLESS = ("position_ids", "num_items_in_batch")
+# Arguments with which Hugging Face's code is known to be needed, so that nothing need be said of it.
+_DECODING = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache")
+_RECORDING = ("output_attentions", "output_hidden_states", "return_dict")
+# What an attention consists of where ours computes the same.
+_SELF_ATTENTION_PARTS = {"query", "key", "value", "dropout"}
+_ATTENTION_PARTS = {"self", "output"}
 
 # What treats every row of its input alike, whatever other rows there are and whatever dimensions are in front: of torch
 # these classes, and where other modules come from that do.
@@ -82,152 +93,242 @@ class Request(NamedTuple):
     only_first: bool
 
 
+# No NamedTuple: wrappers of modules look into tuples for tensors to cast or to move.
+@dataclass(frozen=True)
+class EncoderMask:
+    """What takes the place of the attention mask inside a fused encoder.
+
+    packing: how the rows are packed, if they are. mask: Hugging Face's own attention mask, if they are not.
+    only_first: the last layer computes position 0 alone.
+    """
+
+    packing: Packing | None
+    mask: Tensor | None
+    only_first: bool
+
+
+class NotUnderstood(Exception):
+    """A part of the encoder was given an argument that ours knows nothing of; the message names both."""
+
+
 class FusedEncoder(nn.Module):
     original: type[nn.Module]
-    # Set by ``fuse``, as attributes of the instance.
+    # Set by ``fuse``, as attributes of the instance. under_head: whether only a head's word makes a request.
     unpad = False
     cls_only: CLSOnly = False
+    under_head = False
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         request = kwargs.pop(REQUEST, None)
-        stranger = encoder_hidden_states is not None or past_key_values is not None or use_cache
-        if isinstance(request, Request) and not stranger and _is_plain_call(self, hidden_states, kwargs):
-            hidden = _run(self, hidden_states, attention_mask, request, kwargs)
-            if hidden is not None:
-                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
         # Hugging Face's class, also if another thread has given it back to the module since the call began.
         original = getattr(type(self), "original", type(self))
-        return original.forward(
-            self,
-            hidden_states,
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            past_key_values,
-            use_cache,
-            **kwargs,
-        )
+        if isinstance(request, Request):
+            output = _run(self, original, request, args, kwargs)
+            if output is not None:
+                return output
+        return original.forward(self, *args, **kwargs)
 
 
-def _is_plain_call(encoder: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether nothing but the last hidden states is asked for, and of ordinary tensors."""
-    config: Any = encoder.config
-    return (
-        type(hidden_states) is Tensor
-        and config._attn_implementation in ("sdpa", "eager")
-        and all(value is None or value is False or name in _HARMLESS for name, value in kwargs.items())
-        and not _active_collector.get()
-    )
+class FusedSelfAttention(nn.Module):
+    original: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(type(self), "original", type(self))
+        mask = _encoder_mask(args, kwargs)
+        if mask is None:
+            return original.forward(self, *args, **kwargs)
+        if mask.packing is None:
+            args = tuple(mask.mask if arg is mask else arg for arg in args)
+            kwargs = {name: mask.mask if arg is mask else arg for name, arg in kwargs.items()}
+            return original.forward(self, *args, **kwargs)
+        return _attend_packed(self, _hidden_states(original, args, kwargs)[0], mask.packing, first=False)[None], None
+
+
+class FusedAttention(nn.Module):
+    """The last layer's attention, whose ``forward`` gives position 0 alone where no other is read."""
+
+    original: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(type(self), "original", type(self))
+        mask = _encoder_mask(args, kwargs)
+        if mask is None or not mask.only_first:
+            return original.forward(self, *args, **kwargs)
+        hidden = _hidden_states(original, args, kwargs)
+        if mask.packing is not None:
+            rows = mask.packing.firsts(hidden[0])[None]
+            context = _attend_packed(self.self, hidden[0], mask.packing, first=True)[None]
+        else:
+            rows = hidden[:, :1]
+            context = _attend_first(self.self, rows, hidden, mask.mask)
+        return cast(Any, self.output)(context, rows), None
+
+
+def _encoder_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> EncoderMask | None:
+    for arg in (*args, *kwargs.values()):
+        if type(arg) is EncoderMask:
+            return arg
+    return None
+
+
+def _hidden_states(original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that an attention was called with.
+
+    Raises:
+        NotUnderstood: it was given something else that may change the result.
+    """
+    given = arguments(original, args, kwargs)
+    unknown = [name for name, value in given.items() if type(value) is not EncoderMask and _matters(name, value)]
+    if unknown != ["hidden_states"]:
+        raise NotUnderstood(f"{original.__name__} was given {', '.join(unknown)}")
+    return cast(Tensor, given["hidden_states"])
+
+
+def _matters(name: str, value: Any) -> bool:
+    return value is not None and value is not False and name not in _HARMLESS
 
 
 def _run(
-    encoder: nn.Module, hidden: Tensor, attention_mask: Tensor | None, request: Request, kwargs: dict[str, Any]
-) -> Tensor | None:
-    """The last hidden states, or None where Hugging Face's way is as good or the only right one."""
+    encoder: nn.Module, original: type[nn.Module], request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelOutput | None:
+    """The encoder's output, or None where Hugging Face's way is as good or the only right one."""
+    given = arguments(original, args, kwargs)
+    hidden, mask = given.pop("hidden_states", None), given.pop("attention_mask", None)
+    unknown = [name for name, value in given.items() if _matters(name, value)]
+    for name in unknown:
+        if name not in (*_DECODING, *_RECORDING):
+            _log_dense(f"{original.__name__} was given {name}")
     config: Any = encoder.config
+    if (
+        unknown
+        or type(hidden) is not Tensor
+        or (mask is not None and type(mask) is not Tensor)
+        or len(args) > len(signature_of(original).positional)
+        or config._attn_implementation not in ("sdpa", "eager")
+        or _active_collector.get()
+    ):
+        return None
+
     packing: Packing | None = None
     if request.mask is not None and reading_reason(hidden) is None:
-        mask = request.mask.to(hidden.device)
-        keep = kept(mask, hidden.shape[:2], config._attn_implementation)
+        keep = kept(request.mask.to(hidden.device), hidden.shape[:2], config._attn_implementation)
         if keep is not None:
             packing = packing_of(keep, needs_first=request.needs_first or request.only_first)
     # For position 0 only the first row of Hugging Face's mask is needed; it has rows if it has four dimensions.
-    only_first = request.only_first and (packing is not None or attention_mask is None or attention_mask.dim() == 4)
-    if (packing is None and not only_first) or layers_reason(encoder) is not None:
+    only_first = request.only_first and (packing is not None or mask is None or mask.dim() == 4)
+    if (packing is None and not only_first) or layers_reason(encoder, swapped=True) is not None:
         return None
 
-    if packing is not None:
-        return _packed(encoder, hidden, packing, only_first)
-    return _dense_first(encoder, hidden, attention_mask, kwargs)
+    given["hidden_states"] = hidden if packing is None else packing.pack(hidden)[None]
+    given["attention_mask"] = EncoderMask(packing, mask, only_first)
+    try:
+        output = original.forward(encoder, **given)
+        if packing is not None:
+            restore = packing.restore_firsts if only_first else packing.restore
+            output = type(output)(last_hidden_state=restore(output.last_hidden_state[0]))
+        return cast(ModelOutput, output)
+    except NotUnderstood as reason:
+        _log_dense(str(reason))
+        return None
+    except Exception:
+        # Another thread may have given the attentions their classes back meanwhile, which take no ``EncoderMask``.
+        if layers_reason(encoder, swapped=True) is None:
+            raise
+        return None
 
 
-def _packed(encoder: nn.Module, hidden: Tensor, packing: Packing, only_first: bool) -> Tensor:
-    """All layers on real tokens only: ``[B, S, H]``, or ``[B, 1, H]`` with ``only_first``."""
-    *layers, last = cast(Any, encoder.layer)
-    rows = packing.pack(hidden)
-    for layer in layers:
-        rows = _layer(layer, packing.attend, rows, rows)
-    if not only_first:
-        return packing.restore(_layer(last, packing.attend, rows, rows))
-    attend = functools.partial(packing.attend, firsts=True)
-    return packing.restore_firsts(_layer(last, attend, rows, packing.firsts(rows)))
+@functools.cache
+def _log_dense(reason: str) -> None:
+    """Say once that an encoder runs Hugging Face's code because the installed one is not understood."""
+    logger.warning("the encoder runs without unpad and cls_only: %s, which bert_fused does not know", reason)
 
 
-def _dense_first(encoder: nn.Module, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """Hugging Face's layers, and the last for position 0 only: ``[B, 1, H]``. mask: as its attention wants it."""
-    *layers, last = cast(Any, encoder.layer)
-    for layer in layers:
-        hidden = layer(hidden, mask, None, encoder_attention_mask=None, past_key_values=None, **kwargs)
-    first_row = mask[:, :, :1] if mask is not None else None
-    attend = functools.partial(_as_hugging_face, attention=last.attention.self, mask=first_row)
-    return _layer(last, attend, hidden, hidden[:, :1])
-
-
-def _as_hugging_face(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attention: Any,
-    mask: Tensor | None,
-    heads: int,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    """The model's own attention over ``[B, S, heads * D]``, by the function that its configuration names."""
-    eager: Any = vars(sys.modules[type(attention).__module__])["eager_attention_forward"]
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    out, _ = function(attention, q, k, v, mask, dropout=dropout, scaling=scale)
-    return cast(Tensor, out.flatten(-2))
-
-
-def _layer(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
-    """A layer of which ``rows`` go on, while keys and values are those of all of ``hidden``."""
-    if layer.gradient_checkpointing and layer.training:
-        run = functools.partial(_forward, layer, attend)
-        return cast(Tensor, layer._gradient_checkpointing_func(run, hidden, rows))
-    return _forward(layer, attend, hidden, rows)
-
-
-def _forward(layer: Any, attend: Callable[..., Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
-    attention = layer.attention.self
-    context = attend(
-        attention.query(rows),
-        attention.key(hidden),
-        attention.value(hidden),
+def _attend_packed(attention: Any, rows: Tensor, packing: Packing, *, first: bool) -> Tensor:
+    """Self-attention over packed rows ``[T, H]``: ``[T, H]``, or ``[B, H]`` for the first token of each sequence."""
+    context: Tensor = packing.attend(
+        attention.query(packing.firsts(rows) if first else rows),
+        attention.key(rows),
+        attention.value(rows),
         heads=attention.num_attention_heads,
         scale=attention.scaling,
         dropout=attention.dropout.p if attention.training else 0.0,
+        firsts=first,
     )
-    return cast(Tensor, layer.feed_forward_chunk(layer.attention.output(context, rows)))
+    return context
 
 
-def layers_reason(encoder: nn.Module) -> str | None:
-    """Why the layers may do something that ``_layer`` does not, or not row by row, in words, or None."""
+def _attend_first(attention: Any, rows: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The model's own attention of position 0, rows ``[B, 1, H]``, to hidden ``[B, S, H]``: ``[B, 1, H]``."""
+    eager: Any = vars(sys.modules[_original(attention).__module__])["eager_attention_forward"]
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    query, key, value = (
+        projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for projected in (attention.query(rows), attention.key(hidden), attention.value(hidden))
+    )
+    first_row = mask[:, :, :1] if mask is not None else None
+    dropout = attention.dropout.p if attention.training else 0.0
+    context, _ = function(attention, query, key, value, first_row, dropout=dropout, scaling=attention.scaling)
+    return cast(Tensor, context.flatten(-2))
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    kind = type(module)
+    return cast(type[nn.Module], getattr(kind, "original", kind))
+
+
+def classes_reason(base: nn.Module) -> str | None:
+    """Why the installed transformers may hand on arguments in a way that is not known here, or None.
+
+    base: the model that holds an encoder.
+    """
+    encoder = _original(cast(nn.Module, base.encoder))
+    for kind in (type(base), encoder):
+        if not signature_of(kind).takes_more:
+            return f"{kind.__name__}.forward takes no further keyword arguments"
+    for kind, name in (
+        (type(base), "attention_mask"),
+        (encoder, "attention_mask"),
+        (encoder, "hidden_states"),
+    ):
+        if name not in signature_of(kind).names:
+            return f"{kind.__name__}.forward has no argument {name}"
+    return None
+
+
+def attentions_of(encoder: nn.Module) -> list[nn.Module]:
+    """The modules of an encoder whose classes are swapped with its own: each self-attention, the last attention."""
+    layers: Any = encoder.layer
+    return [*(layer.attention.self for layer in layers), layers[-1].attention]
+
+
+def is_fused_attention(module: nn.Module) -> bool:
+    return isinstance(module, (FusedSelfAttention, FusedAttention))
+
+
+def layers_reason(encoder: nn.Module, *, swapped: bool) -> str | None:
+    """Why the layers may do something that ours do not, or not row by row, or None.
+
+    swapped: whether the attentions must have classes of ours, as they have after ``fuse``.
+    """
     if not len(cast(nn.ModuleList, encoder.layer)):
         return "it has no layers"
-    home = getattr(type(encoder), "original", type(encoder)).__module__
+    home = _original(encoder).__module__
     config: Any = encoder.config
     if _attention_is_replaced(home, config._attn_implementation):
         return f"its attention under the name of {config._attn_implementation} is not transformers' own"
+    last = len(cast(nn.ModuleList, encoder.layer)) - 1
     for i, layer in enumerate(cast(nn.ModuleList, encoder.layer)):
         attention: Any = getattr(layer, "attention", None)
-        parts = {"Layer": layer, "Attention": attention, "SelfAttention": getattr(attention, "self", None)}
-        for name, module in parts.items():
-            kind = type(module)
-            ours = kind.__module__ == home and kind.__name__.endswith(name)
-            if not ours or class_is_patched(kind):
+        self_attention: Any = getattr(attention, "self", None)
+        for name, module in (("Layer", layer), ("Attention", attention), ("SelfAttention", self_attention)):
+            kind = _original(module)
+            if kind.__module__ != home or not kind.__name__.endswith(name) or class_is_patched(kind):
                 return f"layer {i} has a {kind.__qualname__} of another kind"
+        if self_attention._modules.keys() != _SELF_ATTENTION_PARTS or attention._modules.keys() != _ATTENTION_PARTS:
+            return f"layer {i} has an attention of other parts"
+        fused = isinstance(self_attention, FusedSelfAttention)
+        if swapped and not (fused and isinstance(attention, FusedAttention) == (i == last)):
+            return f"layer {i} is not where it was when the encoder was fused"
         if layer.chunk_size_feed_forward:
             return "chunk_size_feed_forward is set"
         reason = rows_reason(layer)

@@ -21,7 +21,7 @@ _lock = threading.Lock()
 _MATCHED_BY_NAME = "its class is named in _no_split_modules"
 
 # Attributes that ``fuse`` gives to instances, where they are not what the class says.
-_OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only")
+_OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only", "under_head")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,14 @@ def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: se
     settings, does, reason = _readers().settings(place, options.unpad, options.cls_only, pools)
     if settings and type(place.encoder).__name__ in matched_by_name:
         settings, reason = {}, _MATCHED_BY_NAME
+    if settings or already:
+        # Also of layers that were swapped before and are no longer where they were.
+        was = {a: modules.original_class(a) for a in place.encoder.modules() if _readers().is_fused_attention(a)}
+        plan.before += [_Change(attention, original, {}) for attention, original in was.items()]
     if settings:
+        for attention in _readers().attentions_of(place.encoder):
+            target = modules.fused_encoder_class(was.get(attention) or type(attention))
+            (plan.before if attention in was else plan.now).append(_Change(attention, target, {}))
         target = modules.fused_encoder_class(already or type(place.encoder))
         plan.fuse(place.name, does, _Change(place.encoder, target, settings, place), already)
         return

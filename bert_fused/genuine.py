@@ -1,8 +1,9 @@
 """Whether a module does what its class's source says: no replaced ``forward``, nobody's hooks."""
 
+import inspect
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,3 +66,36 @@ def watch_reason(module: nn.Module, ours: tuple[Any, ...] = ()) -> str | None:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     strangers = [hook for hook in hooks if hook not in ours and getattr(hook, "__module__", None) != _CAPTURING]
     return reason if strangers else None
+
+
+class Signature(NamedTuple):
+    """What a class's ``forward`` takes besides ``self``.
+
+    positional, names: the names of its positional arguments, and of all. takes_more: it has ``**kwargs``.
+    """
+
+    positional: tuple[str, ...]
+    names: tuple[str, ...]
+    takes_more: bool
+
+
+_signatures: dict[Any, Signature] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def signature_of(kind: type[nn.Module]) -> Signature:
+    forward = kind.forward
+    if forward not in _signatures:
+        _, *parameters = inspect.signature(forward).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        _signatures[forward] = Signature(
+            tuple(p.name for p in named if p.kind is not p.KEYWORD_ONLY),
+            tuple(p.name for p in named),
+            any(p.kind is p.VAR_KEYWORD for p in parameters),
+        )
+    return _signatures[forward]
+
+
+def arguments(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a call of ``kind.forward`` is given, by name. Positional arguments that it has no name for are left out."""
+    return dict(zip(signature_of(kind).positional, args, strict=False)) | kwargs

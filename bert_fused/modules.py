@@ -23,7 +23,12 @@ from .families import PREFIXES
 from .genuine import class_is_patched, forwards, hook_reason, is_defined_in
 from .ops import cls_pool, linear_act
 
-_ENCODERS = {f"{prefix}Encoder": home for home, prefix in PREFIXES.items()}
+# The classes of the five families that are swapped with an encoder's, and where they come from.
+_ENCODER_CLASSES = {
+    f"{prefix}{part}": (home, part)
+    for home, prefix in PREFIXES.items()
+    for part in ("Encoder", "SelfAttention", "Attention")
+}
 
 # Otherwise not even the question what serves a call, some microseconds, is asked for a CPU's tensors.
 _CPU_HAS_KERNELS = interpreted()
@@ -304,18 +309,16 @@ def fused_class(original: type) -> Any:
 
 
 def fused_encoder_class(original: type) -> Any:
-    """The same for an encoder of the five families."""
-    if _ENCODERS.get(original.__name__) != original.__module__:
+    """The same for an encoder of the five families, and for its attentions."""
+    home, part = _ENCODER_CLASSES.get(original.__name__, ("", ""))
+    if home != original.__module__:
         return None
     if original not in _counterparts:
         # Imported here because it needs parts of transformers that the fused modules do without.
-        from .encoder import FusedEncoder
+        from . import encoder
 
-        _make(
-            original,
-            (FusedEncoder,),
-            {"block": None, "__doc__": f"``{original.__name__}`` without work that nobody reads."},
-        )
+        doc = f"``{original.__name__}`` without work that nobody reads."
+        _make(original, (vars(encoder)[f"Fused{part}"],), {"block": None, "__doc__": doc})
     return _counterparts[original]
 
 

@@ -1,12 +1,20 @@
-"""Who reads what of an encoder's result, and the hooks that tell the encoder in every call. Needs transformers.
+"""Which positions of an encoder's result each head reads, and the hooks that pass this on to it. Needs transformers.
 
 The modules between the caller and the encoder are never swapped: transformers, accelerate and FSDP find models by their
 class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, which every model passes on. They do
 nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
-Called without keyword arguments they were given or taken away by ``fuse`` or ``unfuse`` during a call, and do nothing.
+A hook called without keyword arguments was added or removed by ``fuse`` or ``unfuse`` during the call; it does nothing.
+
+A request is believed only from whom it must come. Whoever calls a module's ``forward`` goes past its hooks, and a
+model that was fused alone may be put under a head later. So an encoder under a head runs dense without that head's
+message, and one without a head runs dense where a model of transformers calls.
 """
 
+import ast
+import functools
 import inspect
+import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -15,9 +23,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .encoder import REQUEST, CLSOnly, FusedEncoder, Request, layers_reason, rows_reason
+from .encoder import (
+    REQUEST,
+    CLSOnly,
+    FusedEncoder,
+    Request,
+    attentions_of,
+    classes_reason,
+    is_fused_attention,
+    layers_reason,
+    rows_reason,
+)
 from .families import PREFIXES
-from .genuine import class_is_patched, watch_reason
+from .genuine import arguments, class_is_patched, signature_of, watch_reason
+
+__all__ = ["attentions_of", "is_fused_attention"]  # what fusion.py looks for here as well
 
 # "first": position 0, through the pooler or a classification head. "watched": the same, while somebody's hooks see the
 # rest. "tokens": every position, each for itself, so that what is at padding stays there. "all": padding too has a say
@@ -74,15 +94,38 @@ def places(model: nn.Module) -> Iterator[Place]:
             listeners.append((head, tell_of_head))
         listeners += [(module, tell_of_sentence_transformer) for module in above if _wrapped(module) is not None]
         encoder = cast(nn.Module, base.encoder)
-        yield Place(
-            f"{name}.encoder" if name else "encoder", encoder, base, head, tuple(listeners), _reason(base, heads)
-        )
+        reason = _reason(base, heads) or _bypass_reason(above)
+        yield Place(f"{name}.encoder" if name else "encoder", encoder, base, head, tuple(listeners), reason)
 
 
 def _outer(name: str) -> list[str]:
     """Names of the modules around a module, the nearest first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _bypass_reason(above: list[nn.Module]) -> str | None:
+    """Which module around a model would call past the hooks, or None. sentence-transformers' has a hook of its own."""
+    for module in above:
+        if _wrapped(module) is None and _calls_a_forward(type(module).forward):
+            return f"{type(module).__name__} calls a model's forward, not the model, and so goes past the hooks"
+    return None
+
+
+@functools.cache
+def _calls_a_forward(function: Any) -> bool:
+    """Whether a method's code calls the ``forward`` of something, other than of its own base classes."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(
+        isinstance(to, ast.Attribute)
+        and to.attr == "forward"
+        and not (isinstance(to.value, ast.Call) and ast.unparse(to.value.func) == "super")
+        for to in called
+    )
 
 
 def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
@@ -104,17 +147,19 @@ def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
         return f"{type(heads[0]).__name__} reads padded positions"
     if not heads and _pooler_reads(base) == "all":
         return "what its pooler reads is not known"
-    return None
+    if heads and not signature_of(type(heads[0])).takes_more:
+        return f"{type(heads[0]).__name__}.forward takes no further keyword arguments"
+    return classes_reason(base)
 
 
 def settings(place: Place, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[dict[str, Any], str, str | None]:
-    """What of the wishes can be granted: an encoder's attributes, what it does in words, or why it is left alone.
+    """Which options apply to an encoder: its attributes and what it does in words, or why it is left alone.
 
     pools: whether there is a pooler that will not be skipped.
     """
     if not unpad and not cls_only:
         return {}, "", None
-    reason = place.reason or layers_reason(place.encoder)
+    reason = place.reason or layers_reason(place.encoder, swapped=False)
     if reason is not None:
         return {}, "", reason
     reads = reads_of(place.head) if place.head is not None else None
@@ -133,7 +178,13 @@ def settings(place: Place, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple
     elif cls_only:
         granted["cls_only"] = cls_only
         does.append(f"the last layer for position 0 only, inside {reader}" + ", in eval mode" * (cls_only == "auto"))
-    return granted, "; ".join(does), None if granted else does[0]
+    if not granted:
+        return {}, "", does[0]
+    if place.head is not None:
+        granted["under_head"] = True
+    else:
+        does.append("dense where a model of transformers calls it")
+    return granted, "; ".join(does), None
 
 
 def listen(place: Place) -> None:
@@ -216,8 +267,31 @@ def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] 
     if _known(base) != "Model" or not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
         return None
     kwargs = dict(kwargs)
-    request = _request(base, argument(base, "attention_mask", args, kwargs), kwargs.pop(REQUEST, None))
+    head_reads = kwargs.pop(REQUEST, None)
+    if head_reads is None and (getattr(base.encoder, "under_head", False) or _is_called_by_a_model(base)):
+        return args, kwargs
+    request = _request(base, argument(base, "attention_mask", args, kwargs), head_reads)
     return args, kwargs | ({REQUEST: request} if request is not None else {})
+
+
+def _is_called_by_a_model(base: nn.Module) -> bool:
+    """Whether the ``forward`` of another model of transformers is running, which may read what it was not asked for."""
+    # torch.export has no way to break its graph, and takes Hugging Face's way in any case.
+    return torch.compiler.is_exporting() or _model_on_the_stack(base)
+
+
+# Only the stack knows: a module has no reference to those that hold it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _model_on_the_stack(base: nn.Module) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            caller = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(caller, PreTrainedModel) and caller is not base:
+                return True
+        frame = cast(Any, frame.f_back)
+    return False
 
 
 def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -242,7 +316,8 @@ def tell_of_sentence_transformer(
         return None
     mask = kwargs.get("attention_mask", args[0].get("attention_mask"))
     if _known(model) == "Model":
-        request = _request(model, mask, None)
+        under_head = getattr(model.encoder, "under_head", False)
+        request = _request(model, mask, None) if not under_head else None
         return (args, kwargs | {REQUEST: request}) if request is not None else None
     base = _base_of(model)
     if base is None or not isinstance(base.encoder, FusedEncoder):
@@ -317,19 +392,6 @@ def _is_last(module: nn.Module, hook: Callable[..., Any]) -> bool:
     return bool(hooks) and hooks[-1] is hook
 
 
-# Where a class's ``forward`` takes which argument, not counting ``self``.
-_positions: dict[type[nn.Module], dict[str, int]] = {}
-
-
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An argument of a call of ``module``, however it was passed."""
-    position = _position(type(module), name)
-    return args[position] if 0 <= position < len(args) else kwargs.get(name)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _position(kind: type[nn.Module], name: str) -> int:
-    if kind not in _positions:
-        names = inspect.signature(kind.forward).parameters
-        _positions[kind] = {name: position - 1 for position, name in enumerate(names)}
-    return _positions[kind].get(name, -1)
+    return arguments(type(module), args, kwargs).get(name)

@@ -70,15 +70,24 @@ def inputs_of(name: str, mask: Tensor) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of the rows that each layer of our own computed went on with; empty where Hugging Face's ran."""
+    """The shapes of the rows that each attention of our own computed; empty where Hugging Face's ran."""
     shapes: list[tuple[int, ...]] = []
-    forward = fused_encoder._forward
+    packed, first = fused_encoder._attend_packed, fused_encoder._attend_first
 
-    def watch(layer: Any, attend: Any, hidden: Tensor, rows: Tensor) -> Tensor:
-        shapes.append(tuple(rows.shape[:-1]))
-        return forward(layer, attend, hidden, rows)
+    def watch_packed(attention: Any, rows: Tensor, packing: Any, *, first: bool) -> Tensor:
+        context = packed(attention, rows, packing, first=first)
+        shapes.append(tuple(context.shape[:-1]))
+        return context
 
-    with mock.patch.object(fused_encoder, "_forward", watch):
+    def watch_first(attention: Any, rows: Tensor, hidden: Tensor, mask: Any) -> Tensor:
+        context = first(attention, rows, hidden, mask)
+        shapes.append(tuple(context.shape[:-1]))
+        return context
+
+    with (
+        mock.patch.object(fused_encoder, "_attend_packed", watch_packed),
+        mock.patch.object(fused_encoder, "_attend_first", watch_first),
+    ):
         yield shapes
 
 
