@@ -3,15 +3,15 @@
 Hugging Face's encoder is given the mask that its attention wants, not the caller's, and does not know who reads its
 result. Both come as a ``Request``, which hooks put among the keyword arguments on their way down (``readers.py``).
 
-Hugging Face's own encoder and layers then run, on packed rows ``[1, T, H]``. In the place of an attention mask they hand
-an ``EncoderMask`` down to the self-attention, which is of a class of ours. Where only position 0 is read, the last
-layer's attention is of a class of ours as well, and what follows it in that layer sees that position alone.
+Hugging Face's own encoder and layers then run, on packed rows ``[1, T, H]``. In the place of an attention mask they
+hand an ``EncoderMask`` down to the self-attention, which is of a class of ours. Where only position 0 is read, the last
+layer's attention, of a class of ours as well, drops the other rows, and all that follows sees that position alone.
 """
 
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -99,12 +99,14 @@ class EncoderMask:
     """What takes the place of the attention mask inside a fused encoder.
 
     packing: how the rows are packed, if they are. mask: Hugging Face's own attention mask, if they are not.
-    only_first: the last layer computes position 0 alone.
+    only_first: the last layer computes position 0 alone. attended: all hidden states, where the rows that an attention
+    is given are those of position 0.
     """
 
     packing: Packing | None
     mask: Tensor | None
     only_first: bool
+    attended: Tensor | None = None
 
 
 class NotUnderstood(Exception):
@@ -137,31 +139,33 @@ class FusedSelfAttention(nn.Module):
         mask = _encoder_mask(args, kwargs)
         if mask is None:
             return original.forward(self, *args, **kwargs)
-        if mask.packing is None:
-            args = tuple(mask.mask if arg is mask else arg for arg in args)
-            kwargs = {name: mask.mask if arg is mask else arg for name, arg in kwargs.items()}
-            return original.forward(self, *args, **kwargs)
-        return _attend_packed(self, _hidden_states(original, args, kwargs)[0], mask.packing, first=False)[None], None
+        if mask.packing is None and mask.attended is None:
+            return original.forward(self, *_replaced(args, mask, mask.mask), **_replaced(kwargs, mask, mask.mask))
+        rows = _hidden_states(original, args, kwargs)
+        return (_attend_packed if mask.packing is not None else _attend_first)(self, rows, mask), None
 
 
 class FusedAttention(nn.Module):
-    """The last layer's attention, whose ``forward`` gives position 0 alone where no other is read."""
+    """The last layer's attention, which goes on with position 0 alone where no other is read."""
 
     original: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original = getattr(type(self), "original", type(self))
         mask = _encoder_mask(args, kwargs)
-        if mask is None or not mask.only_first:
-            return original.forward(self, *args, **kwargs)
-        hidden = _hidden_states(original, args, kwargs)
-        if mask.packing is not None:
-            rows = mask.packing.firsts(hidden[0])[None]
-            context = _attend_packed(self.self, hidden[0], mask.packing, first=True)[None]
-        else:
-            rows = hidden[:, :1]
-            context = _attend_first(self.self, rows, hidden, mask.mask)
-        return cast(Any, self.output)(context, rows), None
+        if mask is not None and mask.only_first:
+            hidden = _hidden_states(original, args, kwargs)
+            rows = hidden[:, :1] if mask.packing is None else mask.packing.firsts(hidden[0])[None]
+            for old, new in ((mask, replace(mask, attended=hidden)), (hidden, rows)):
+                args, kwargs = _replaced(args, old, new), _replaced(kwargs, old, new)
+        return original.forward(self, *args, **kwargs)
+
+
+def _replaced(values: Any, old: Any, new: Any) -> Any:
+    """A tuple or dictionary of arguments with another in an argument's place."""
+    if isinstance(values, dict):
+        return {name: new if value is old else value for name, value in values.items()}
+    return tuple(new if value is old else value for value in values)
 
 
 def _encoder_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> EncoderMask | None:
@@ -243,29 +247,31 @@ def _log_dense(reason: str) -> None:
     logger.warning("the encoder runs without unpad and cls_only: %s, which bert_fused does not know", reason)
 
 
-def _attend_packed(attention: Any, rows: Tensor, packing: Packing, *, first: bool) -> Tensor:
-    """Self-attention over packed rows ``[T, H]``: ``[T, H]``, or ``[B, H]`` for the first token of each sequence."""
-    context: Tensor = packing.attend(
-        attention.query(packing.firsts(rows) if first else rows),
-        attention.key(rows),
-        attention.value(rows),
+def _attend_packed(attention: Any, rows: Tensor, mask: EncoderMask) -> Tensor:
+    """Self-attention of packed rows ``[1, T, H]``, or of the first token of each sequence, ``[1, B, H]``."""
+    assert mask.packing is not None
+    attended = (rows if mask.attended is None else mask.attended)[0]
+    context: Tensor = mask.packing.attend(
+        attention.query(rows[0]),
+        attention.key(attended),
+        attention.value(attended),
         heads=attention.num_attention_heads,
         scale=attention.scaling,
         dropout=attention.dropout.p if attention.training else 0.0,
-        firsts=first,
+        firsts=mask.attended is not None,
     )
-    return context
+    return context[None]
 
 
-def _attend_first(attention: Any, rows: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The model's own attention of position 0, rows ``[B, 1, H]``, to hidden ``[B, S, H]``: ``[B, 1, H]``."""
+def _attend_first(attention: Any, rows: Tensor, mask: EncoderMask) -> Tensor:
+    """The model's own attention of position 0, ``[B, 1, H]``, to all hidden states, ``[B, S, H]``."""
     eager: Any = vars(sys.modules[_original(attention).__module__])["eager_attention_forward"]
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
     query, key, value = (
         projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        for projected in (attention.query(rows), attention.key(hidden), attention.value(hidden))
+        for projected in (attention.query(rows), attention.key(mask.attended), attention.value(mask.attended))
     )
-    first_row = mask[:, :, :1] if mask is not None else None
+    first_row = mask.mask[:, :, :1] if mask.mask is not None else None
     dropout = attention.dropout.p if attention.training else 0.0
     context, _ = function(attention, query, key, value, first_row, dropout=dropout, scaling=attention.scaling)
     return cast(Tensor, context.flatten(-2))

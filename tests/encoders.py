@@ -72,21 +72,18 @@ def inputs_of(name: str, mask: Tensor) -> dict[str, Tensor]:
 def watched() -> Iterator[list[tuple[int, ...]]]:
     """The shapes of the rows that each attention of our own computed; empty where Hugging Face's ran."""
     shapes: list[tuple[int, ...]] = []
-    packed, first = fused_encoder._attend_packed, fused_encoder._attend_first
 
-    def watch_packed(attention: Any, rows: Tensor, packing: Any, *, first: bool) -> Tensor:
-        context = packed(attention, rows, packing, first=first)
-        shapes.append(tuple(context.shape[:-1]))
-        return context
+    def watching(attend: Any, start: int) -> Any:
+        def watch(*args: Any) -> Tensor:
+            context = attend(*args)
+            shapes.append(tuple(context.shape[start:-1]))
+            return context
 
-    def watch_first(attention: Any, rows: Tensor, hidden: Tensor, mask: Any) -> Tensor:
-        context = first(attention, rows, hidden, mask)
-        shapes.append(tuple(context.shape[:-1]))
-        return context
+        return watch
 
     with (
-        mock.patch.object(fused_encoder, "_attend_packed", watch_packed),
-        mock.patch.object(fused_encoder, "_attend_first", watch_first),
+        mock.patch.object(fused_encoder, "_attend_packed", watching(fused_encoder._attend_packed, 1)),
+        mock.patch.object(fused_encoder, "_attend_first", watching(fused_encoder._attend_first, 0)),
     ):
         yield shapes
 
