@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons models hub docs pictures numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models hub docs pictures numerics gpu gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -32,12 +32,12 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Other Tritons are installed into .tritons/, beside the pinned one.
+# Other versions are installed into .versions/, beside the pinned ones.
 matrix: $(VENV)/.test
 	$(PY) -m benchmarks matrix $(ARGS)
 
-test-tritons: $(VENV)/.test
-	$(PY) -m benchmarks tritons $(ARGS)
+test-versions: $(VENV)/.test
+	$(PY) -m benchmarks versions $(ARGS)
 
 models: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/families.py $(ARGS)
@@ -62,7 +62,7 @@ gpu-bench:
 	sh benchmarks/gpu.sh bench $(PYTHON)
 
 clean:
-	rm -rf $(VENV) .tritons .release
+	rm -rf $(VENV) .versions .release
 
 # torch comes first and under the constraints, so that nothing below pulls another one.
 $(VENV)/.torch: constraints.txt

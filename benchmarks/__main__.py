@@ -8,7 +8,7 @@ COMMANDS = {
     "report": "a Markdown table and plots of what run wrote, or a comparison of two runs",
     "sass": "registers, spills and matrix instructions of every shipped configuration; needs no GPU",
     "matrix": "the same on the oldest, the pinned and the newest Triton, side by side; needs no GPU",
-    "tritons": "the interpreter's tests on the oldest and the newest Triton",
+    "versions": "the tests on other versions of transformers and Triton",
     "host": "what a module call costs the host, ours and eager's; needs no GPU",
 }
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .records import ROOT
-from .tritons import NoTriton, environment, named
+from .versions import NoVersion, environment, named
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def compile_all(arch: str, version: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "rows.json")
         command = [sys.executable, "-m", "benchmarks", "sass", "--arch", arch, "--json", str(report)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(version), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment("triton", version), capture_output=True, text=True)
         if report.exists():
             rows: list[Row] = json.loads(report.read_text())
             return rows
@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     archs = arguments.arch.split(",")
     try:
-        versions = named(arguments.tritons)
+        versions = named("triton", arguments.tritons)
         for version in versions:
-            environment(version)
-    except NoTriton as error:
+            environment("triton", version)
+    except NoVersion as error:
         print(f"python -m benchmarks matrix: {error}", file=sys.stderr)
         return 2
     rows: list[Row] = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .command import add_json, print_json
-from .dispatch import KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
+from .dispatch import HAS_TRITON, KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
 from .kernels import user_tables
 from .kernels.configs import Entry, choose, load_table, load_user_table, shipped_table
 from .shapes import MODELS, Sizes, aligned, parse_shapes
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "versions": {package: _version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": _describe(device),
+        "launches": _launches(),
         "paths": {_name(d): "Triton" if reason is None else f"PyTorch: {reason}" for d, reason in reasons.items()},
         "choices": None if arch is None else _choices(arch, gpu, dtypes, arguments.shapes),
     }
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for package, version in result["versions"].items():
         print(f"{package:<13}{version}")
-    print(f"{'device':<13}{result['device']}\n")
+    print(f"{'device':<13}{result['device']}")
+    print(f"{'launches':<13}{result['launches']}\n")
     if arguments.arch is None:
         for name, path in result["paths"].items():
             print(f"{name:<10} {path}")
@@ -79,6 +81,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_choices(result["choices"])
     return 0
+
+
+def _launches() -> str:
+    """How kernels would be launched by the installed Triton."""
+    if not HAS_TRITON:
+        return "none: Triton is not installed"
+    from .kernels import launch
+
+    return "Triton's C launcher directly" if launch.LAUNCHER_IS_KNOWN else launch.SLOW_LAUNCHES
 
 
 def _choices(

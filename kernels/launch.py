@@ -2,15 +2,18 @@
 
 ``launch`` keeps the compiled kernel that Triton chose for arguments of a kind and hands it to Triton's C launcher. Two
 calls are of one kind if Triton specialises them alike. Whatever watches or changes launches (profilers' hooks,
-instrumentation, debugging) gets ``kernel[grid]`` itself, and so does a Triton whose launcher is not known here.
+instrumentation, debugging) gets ``kernel[grid]`` itself. So does a Triton whose launcher is not known here, which one
+warning says.
 
 Kept are handles that Triton keeps as well, and no tensor. Triton's check that no global variable of a kernel has
 changed is left out.
 """
 
 import copy
+import functools
 import inspect
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +28,12 @@ from .replay import Encoder, Grid, Launch, Launcher
 from .runtime import INTERPRETED, on_device
 
 MAX_KEPT = 1024
-LAUNCHER_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.9."))
+KNOWN_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+LAUNCHER_IS_KNOWN = triton.__version__.startswith(KNOWN_TRITONS)
+SLOW_LAUNCHES = (
+    f"bert_fused does not know the launcher of Triton {triton.__version__}: kernels are launched by kernel[grid], "
+    "which costs the host 10 to 30 us more for each call"
+)
 
 # The launcher of a compiled kernel, and what Triton's compiler says of each of its descriptors.
 _kept: dict[Any, tuple[Launcher, tuple[Any, ...]]] = {}
@@ -42,6 +50,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
     Returns what it takes to launch the same again, or None where Triton's own path made the launch.
     """
     first = args[0].base if type(args[0]) is TensorDescriptor else args[0]
+    if not (INTERPRETED or LAUNCHER_IS_KNOWN):
+        _warn_once()
     if INTERPRETED or not LAUNCHER_IS_KNOWN or is_observed(kernel):
         with on_device(first):
             kernel[grid](*args, **constexprs)
@@ -70,6 +80,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
     descriptors = [arg for arg in args if type(arg) is TensorDescriptor]
     encoders = tuple(_encoder(*pair) for pair in zip(descriptors, described, strict=True))
     return Launch(kernel, is_observed, launcher, device, blocks, values, encoders)
+
+
+@functools.cache
+def _warn_once() -> None:
+    logging.getLogger("bert_fused").warning(SLOW_LAUNCHES)
 
 
 def _encoded(values: tuple[Any, ...], described: tuple[Any, ...]) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import json
+import logging
 import os
 import sys
 import threading
@@ -571,12 +572,15 @@ def check_an_unknown_triton_gets_its_own_path() -> None:
     args, constexprs = next(probes())
     launching._kept.clear()
     launching.LAUNCHER_IS_KNOWN = False
+    records: list[str] = []
+    logging.getLogger("bert_fused").addFilter(lambda record: records.append(record.getMessage()))
     try:
         for _ in range(2):
             launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))
         assert not launching._kept
+        assert records == [launching.SLOW_LAUNCHES]
     finally:
-        launching.LAUNCHER_IS_KNOWN = triton.__version__[:3] in ("3.6", "3.7", "3.9")
+        launching.LAUNCHER_IS_KNOWN = triton.__version__.startswith(launching.KNOWN_TRITONS)
     assert launching.LAUNCHER_IS_KNOWN
 
 

@@ -15,6 +15,7 @@ from models import make
 import bert_fused
 from bert_fused import command
 from bert_fused.__main__ import COMMANDS, main, parse
+from bert_fused.kernels import launch
 from bert_fused.samples import docstrings
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,14 @@ def test_info_without_a_gpu() -> None:
     for dtype in ("float16", "bfloat16", "float32"):
         assert re.search(rf"^{dtype} +PyTorch: cpu is not an NVIDIA GPU$", done.stdout, re.MULTILINE)
     assert re.search(r"^float64 +PyTorch: float64 has no kernel$", done.stdout, re.MULTILINE)
+
+
+def test_info_says_how_kernels_are_launched(capsys, monkeypatch) -> None:
+    assert main(["info"]) == 0
+    assert "launches     Triton's C launcher directly" in capsys.readouterr().out
+    monkeypatch.setattr(launch, "LAUNCHER_IS_KNOWN", False)
+    assert main(["info"]) == 0
+    assert "10 to 30 us more for each call" in capsys.readouterr().out
 
 
 def test_info_of_an_architecture(capsys) -> None:

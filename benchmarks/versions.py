@@ -1,0 +1,191 @@
+"""The tests on other versions of transformers and Triton, each installed into a folder of its own.
+
+What touches Hugging Face runs on each version of transformers, the interpreter's tests and the launcher over its stub
+driver on each of Triton. The pinned versions stay where they are: a folder goes before them on PYTHONPATH. Folders are
+kept in ``.versions/``.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from .records import ROOT
+
+FOLDER = ROOT / ".versions"
+# Beside the pinned and the newest. pyproject.toml asks for at least the first; 5.17.0 and 3.6.0 are on a GPU machine of
+# ours, and torch 2.14 comes with 3.8.
+TESTED = {"transformers": ("5.14.0", "5.17.0"), "triton": ("3.6.0", "3.8.0")}
+_HUB_1 = ("huggingface-hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9", "h11==0.16.0", "anyio==4.16.0")
+# What a version needs in the place of what is pinned.
+BESIDE = {
+    ("transformers", "5.14.0"): ("tokenizers==0.22.2", *_HUB_1),
+    ("transformers", "5.17.0"): _HUB_1,
+    ("triton", "3.6.0"): ("numpy<2.4",),  # its interpreter cannot read numpy 2.4's integers
+}
+TESTS = {
+    "transformers": (
+        "encoder",
+        "encoder_calls",
+        "encoder_callers",
+        "encoder_life",
+        "next_transformers",
+        "fuse_options",
+        "fusion",
+        "modules",
+        "guards",
+        "sentence_transformers",
+        "trainers",
+        "check",
+    ),
+    "triton": (
+        "forward",
+        "backward",
+        "variants",
+        "properties",
+        "interpreter",
+        "ops",
+        "recompute",
+        "memory",
+        "activations",
+        "launch",
+    ),
+}
+
+
+class NoVersion(Exception):
+    """A version cannot be installed; the message says why."""
+
+
+def pinned(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+def newest(package: str) -> str:
+    """The newest version that pip would install here; without a network, the newest that was installed before."""
+    answer = _pip("index", "versions", package)
+    found = re.match(rf"{package} \(([\d.]+)\)", answer.stdout)
+    if found is not None:
+        return found[1]
+    kept = [path.name.removeprefix(f"{package}-") for path in FOLDER.glob(f"{package}-[0-9]*")]
+    version = max([*kept, pinned(package)], key=_numbers)
+    why = _last_line(answer.stderr)
+    print(f"pip cannot say which {package} is the newest ({why}): taking {version}", file=sys.stderr)
+    return version
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def named(package: str, names: str) -> list[str]:
+    """Versions from ``oldest,pinned,newest`` or numbers, each once.
+
+    Raises:
+        NoVersion: one is named that no package index could have.
+    """
+    known = {"oldest": lambda: TESTED[package][0], "pinned": lambda: pinned(package), "newest": lambda: newest(package)}
+    versions = [known[name]() if name in known else name for name in names.split(",")]
+    for version in versions:
+        if not all(part.isdecimal() for part in version.split(".")):
+            raise NoVersion(f"expected versions, or some of {', '.join(known)}; got {version!r}")
+    return list(dict.fromkeys(versions))
+
+
+def environment(package: str, version: str) -> dict[str, str]:
+    """The environment of a process that imports a version of a package, which is installed if it has to be.
+
+    Raises:
+        NoVersion: pip cannot install it.
+    """
+    variables = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if version == pinned(package):
+        return variables
+    folder = FOLDER / f"{package}-{version}"
+    if not folder.exists():
+        FOLDER.mkdir(exist_ok=True)
+        # Renamed when complete, so that an installation that was cut off is not taken for one.
+        partial = tempfile.mkdtemp(dir=FOLDER)
+        packages = (f"{package}=={version}", *BESIDE.get((package, version), ()))
+        installed = _pip("install", "--quiet", "--no-deps", "--target", partial, *packages)
+        if installed.returncode:
+            shutil.rmtree(partial)
+            raise NoVersion(f"pip cannot install {package} {version}: {_last_line(installed.stderr)}")
+        os.rename(partial, folder)
+    return variables | {"PYTHONPATH": str(folder)}
+
+
+def _pip(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it says nothing"])[-1]
+
+
+def readme_sentence() -> str:
+    """What README says of the versions that are tested."""
+    tested = [sorted((*versions, pinned(package)), key=_numbers) for package, versions in TESTED.items()]
+    lists = [f"{', '.join(versions)} and the newest" for versions in tested]
+    torch = pinned("torch").partition("+")[0]
+    return (
+        f"CI tests with torch {torch} and transformers {lists[0]}, Triton {lists[1]} on the package index of the day "
+        "(`make test-versions`)."
+    )
+
+
+def run_tests(package: str, version: str, arguments: list[str]) -> tuple[bool, str]:
+    """Whether the package's tests pass on a version, and pytest's closing line."""
+    paths = [f"tests/test_{name}.py" for name in TESTS[package]]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "-p", "no:cacheprovider"]
+    variables = environment(package, version) | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, *paths, *arguments],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    last = "no output"
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    return process.wait() == 0, last
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks versions", description=__doc__)
+    for package, versions in TESTED.items():
+        default = ",".join((*versions, "newest"))
+        parser.add_argument(
+            f"--{package}", default=default, help="versions, separated by commas, or none (default: %(default)s)"
+        )
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    arguments = parser.parse_args(argv)
+    table = Table("package", "version", "result", "seconds")
+    failed = 0
+    try:
+        for package in TESTED:
+            names = getattr(arguments, package)
+            for version in named(package, names) if names != "none" else []:
+                start = time.monotonic()
+                print(f"{package} {version}", flush=True)
+                passed, closing = run_tests(package, version, arguments.pytest)
+                failed += not passed
+                table.add_row(package, version, closing, f"{time.monotonic() - start:.0f}")
+    except NoVersion as error:
+        print(f"python -m benchmarks versions: {error}", file=sys.stderr)
+        return 2
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return int(bool(failed))
