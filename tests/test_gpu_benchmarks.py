@@ -31,6 +31,13 @@ def test_a_failed_capture_leaves_the_next_one_in_peace() -> None:
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
+def test_a_failed_capture_leaves_random_numbers() -> None:
+    x = torch.randn(256, 256, device=DEVICE)
+    with pytest.raises(RuntimeError):
+        capture([lambda: x.sum().item()])
+    assert 0 <= torch.rand(1, device=DEVICE).item() < 1
+
+
 def test_what_an_implementation_allocates_is_poisoned() -> None:
     """Else memory that still holds the right result would pass for a result. A CPU's allocator promises no reuse."""
     poisoned: list[bool] = []
@@ -43,6 +50,7 @@ def test_what_an_implementation_allocates_is_poisoned() -> None:
     assert all(poisoned)
 
 
+@pytest.mark.alone
 def test_the_clocks_agree() -> None:
     """A product long enough that launches are no part of it."""
     a = torch.randn(4096, 4096, device=DEVICE).bfloat16()
