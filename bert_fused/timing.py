@@ -75,7 +75,7 @@ def repeated(calls: Sequence[Call], minimum: int = MIN_CALLS) -> list[Call]:
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     """The calls in one CUDA graph. Whatever compiles must have compiled before.
 
-    Raises what a call raises that cannot be captured. PyTorch's allocator, stream and random numbers are as before then,
+    Raises what a call raises that cannot be captured. Allocator, stream and random numbers are then as before,
     while ``torch.cuda.graph`` alone leaves them in the middle of a capture (torch 2.11).
     """
     stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
