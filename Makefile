@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons models hub docs pictures numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-tritons models hub docs pictures numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -55,11 +55,8 @@ numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
 
 # For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
-gpu:
-	sh benchmarks/gpu.sh test $(PYTHON)
-
-gpu-bench:
-	sh benchmarks/gpu.sh bench $(PYTHON)
+gpu-day gpu-test gpu-sanitize gpu-bench: gpu-%:
+	sh benchmarks/gpu.sh $* $(PYTHON) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tritons .release

@@ -1,4 +1,4 @@
-"""Values on an NVIDIA GPU, where neither the interpreter nor the compiler alone can judge. ``make gpu`` runs this."""
+"""Values on an NVIDIA GPU, where neither the interpreter nor the compiler alone can judge. Run by ``make gpu-test``."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The benchmarks' clocks and rivals on an NVIDIA GPU, before a session is spent on them. ``make gpu`` runs this."""
+"""The benchmarks' clocks and rivals on an NVIDIA GPU, before a session is spent on them. Run by ``make gpu-test``."""
 
 import dataclasses
 from pathlib import Path

@@ -1,6 +1,6 @@
 """What one call on a GPU must not leave behind for the next: kept launches, threads, replicas, memory that ran out.
 
-``make gpu`` runs this.
+``make gpu-test`` runs this.
 """
 
 import contextlib
