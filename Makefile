@@ -55,8 +55,17 @@ numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
 
 # For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
-gpu-day gpu-test gpu-sanitize gpu-bench: gpu-%:
-	sh benchmarks/gpu.sh $* $(PYTHON) $(ARGS)
+gpu-day:
+	sh benchmarks/gpu.sh day $(PYTHON)
+
+gpu-test:
+	sh benchmarks/gpu.sh test $(PYTHON) $(ARGS)
+
+gpu-sanitize:
+	sh benchmarks/gpu.sh sanitize $(PYTHON) $(ARGS)
+
+gpu-bench:
+	sh benchmarks/gpu.sh bench $(PYTHON) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tritons .release
