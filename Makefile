@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models hub docs pictures numerics gpu gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models hub docs pictures numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -55,11 +55,17 @@ numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
 
 # For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
-gpu:
-	sh benchmarks/gpu.sh test $(PYTHON)
+gpu-day:
+	sh benchmarks/gpu.sh day $(PYTHON)
+
+gpu-test:
+	sh benchmarks/gpu.sh test $(PYTHON) $(ARGS)
+
+gpu-sanitize:
+	sh benchmarks/gpu.sh sanitize $(PYTHON) $(ARGS)
 
 gpu-bench:
-	sh benchmarks/gpu.sh bench $(PYTHON)
+	sh benchmarks/gpu.sh bench $(PYTHON) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .versions .release

@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 SUITES = ("modules", "pooler", "models", "training")
+RIVALS = ("standard", "max-autotune")
 
 # K and N of BertIntermediate; the pooler's N is its K.
 MODELS = {"BERT-base": (768, 3072), "MiniLM": (384, 1536), "BERT-large": (1024, 4096)}
@@ -14,8 +15,9 @@ MODELS = {"BERT-base": (768, 3072), "MiniLM": (384, 1536), "BERT-large": (1024, 
 HEADLINE_ROWS = (8192, 512, 2048, 32, 32768)
 OTHER_ROWS = (128, 1, 4096, 16384, 8, 77, 1000, 5003)
 BATCHES = (32, 1, 128, 1024, 2, 4, 8, 16, 64, 256, 512)
-# The second is ragged: its lengths are log-normal.
-MODEL_SHAPES = ((32, 128, False), (32, 128, True), (1, 128, False), (8, 128, False), (256, 128, False))
+# Batch, the longest sequence, and whether the batch is ragged: lengths are log-normal then.
+RAGGED_SHAPES = ((32, 128, True), (256, 128, True), (32, 512, True))
+MODEL_SHAPES = ((32, 128, False), *RAGGED_SHAPES, (1, 128, False), (8, 128, False), (256, 128, False))
 MODEL_SHAPES += ((32, 512, False),)
 
 # The shapes of tritonbench's operator inductor_fused_linear_gelu: batch 4 of sequence 2048, N = 4 K.
@@ -99,10 +101,12 @@ def _on_gpu() -> Iterator[Case]:
         yield _pooler(model, 32)
     for model in MODELS:
         yield _model(model, 32, 128)
-    costly = [_module(model, 8192) for model in MODELS] + [_module("BERT-base", 512), _pooler("BERT-base", 32)]
-    for case in (*costly, _model("BERT-base", 32, 128)):
-        yield dataclasses.replace(case, rivals="max-autotune")
-
+    # One of each kind before a second of any: eight minutes may end among these.
+    yield _module("BERT-base", 8192, suite="training")
+    yield _model("BERT-base", 32, 128, ragged=True)
+    yield dataclasses.replace(_model("MiniLM", 32, 512, ragged=True), head=True)  # as a cross-encoder reranks
+    for shape in RAGGED_SHAPES:
+        yield _model("BERT-base", *shape)
     for M, model in product((8192, 512, 2048, 32768), MODELS):
         yield _module(model, M, suite="training")
     for shape, model in product(MODEL_SHAPES, MODELS):
@@ -111,6 +115,8 @@ def _on_gpu() -> Iterator[Case]:
         yield dataclasses.replace(_model(model, 32, 128, True), median=median)
     for median, model in product((RAGGED_MEDIAN, CUT_OFF), MODELS):
         yield dataclasses.replace(_model(model, 32, 128, True), median=median, head=True)
+    for shape, model in product(RAGGED_SHAPES[1:], MODELS):
+        yield dataclasses.replace(_model(model, *shape), head=True)
     for M, model in product(OTHER_ROWS, MODELS):
         yield _module(model, M)
     for sequence, batch, model in product((128, 512), BATCHES, MODELS):
@@ -127,6 +133,10 @@ def _on_gpu() -> Iterator[Case]:
         yield _module(model, M, dtype, activation, suite)
     for dtype, sequence, batch, model in product(("float16", "tf32", "float32"), (128, 512), BATCHES, MODELS):
         yield _pooler(model, batch, sequence, dtype)
+    # Minutes each, so that nothing may wait for them: --rivals max-autotune measures them alone.
+    costly = [_module(model, 8192) for model in MODELS] + [_module("BERT-base", 512), _pooler("BERT-base", 32)]
+    for case in (*costly, _model("BERT-base", 32, 128)):
+        yield dataclasses.replace(case, rivals="max-autotune")
 
 
 def _quick() -> Iterator[Case]:

@@ -34,7 +34,8 @@ class Implementation:
 
     calls: given sets of inputs, one call for each set. config: the kernel it chose, where it says. computes: the
     activation it applies, where that is not the case's. graphs: it replays CUDA graphs of its own, so that its calls
-    cannot be captured in another.
+    cannot be captured in another. packs: it leaves padding out, which an encoder cannot do while a graph is captured: a
+    graph of it would hold the dense path.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Implementation:
     config: str = ""
     computes: str | None = None
     graphs: bool = False
+    packs: bool = False
 
 
 def each(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
@@ -174,7 +176,7 @@ def checked(problem: Problem, rival: Implementation) -> dict[str, float]:
 
 
 def _gpu_sampler(calls: Sequence[Call], rival: Implementation) -> tuple[Sampler, str]:
-    if not rival.graphs:
+    if not (rival.graphs or rival.packs):
         try:
             return graph_sampler(calls), "graph"
         except RuntimeError:  # what synchronises or allocates cannot be captured

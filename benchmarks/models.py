@@ -105,6 +105,8 @@ CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
 COMPILED_CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
     "torch.compile": lambda model: torch.compile(Logits(model), dynamic=False),
 }
+# Of both, who leaves padding out where there is some.
+PACKED = ("ours unpadded", "ours unpadded, position 0 only")
 GRAPHED = {"eager in a CUDA graph": eager, "ours in a CUDA graph": ours}
 TUNED: dict[str, Callable[[nn.Module], Runner]] = {
     "max-autotune": lambda model: torch.compile(Outputs(model), dynamic=False, mode="max-autotune"),
@@ -124,7 +126,8 @@ def problem(case: Case, device: str) -> Problem:
         return errors
 
     found = [
-        Implementation(name, each(build(model))) for name, build in (CLASSIFIERS if case.head else BUILDERS).items()
+        Implementation(name, each(build(model)), packs=case.ragged and name in PACKED)
+        for name, build in (CLASSIFIERS if case.head else BUILDERS).items()
     ]
     if device == "cuda" and case.head:
         found += [Implementation(name, each(build(model))) for name, build in COMPILED_CLASSIFIERS.items()]

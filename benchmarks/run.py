@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from benchmarks import ceilings, linear, models
-from benchmarks.cases import SUITES, Case, cases
+from benchmarks.cases import RIVALS, SUITES, Case, cases
 from benchmarks.comparison import measure
 from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
 from bert_fused.tuning import fp32_products
@@ -35,6 +35,7 @@ def first_guess(case: Case, device: str) -> float:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks run", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, help="only this suite (default: all)")
+    parser.add_argument("--rivals", choices=RIVALS, help="only cases with these rivals (default: all)")
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="stop after this long")
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> int:
         print(f"python -m benchmarks run: {error}", file=sys.stderr)
         return 2
     suites = (arguments.suite,) if arguments.suite else SUITES
-    return _run(cases(suites, arguments.device, arguments.quick), writer, arguments)
+    rivals = (arguments.rivals,) if arguments.rivals else RIVALS
+    todo = [case for case in cases(suites, arguments.device, arguments.quick) if case.rivals in rivals]
+    return _run(todo, writer, arguments)
 
 
 def _run(todo: list[Case], writer: Writer, arguments: argparse.Namespace) -> int:

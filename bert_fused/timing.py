@@ -75,8 +75,8 @@ def repeated(calls: Sequence[Call], minimum: int = MIN_CALLS) -> list[Call]:
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     """The calls in one CUDA graph. Whatever compiles must have compiled before.
 
-    Raises what a call raises that cannot be captured; PyTorch's allocator and stream are then as before, which
-    ``torch.cuda.graph`` alone leaves in the middle of a capture (torch 2.11).
+    Raises what a call raises that cannot be captured. Allocator, stream and random numbers are then as before,
+    while ``torch.cuda.graph`` alone leaves them in the middle of a capture (torch 2.11).
     """
     stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
@@ -94,6 +94,9 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
         with contextlib.suppress(RuntimeError):  # where the capture did end, as after running out of memory
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        # Only the end of a capture that succeeds takes the default generator out of it. A broken GPU cannot capture.
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
         raise
     return graph
 

@@ -1,6 +1,7 @@
 """Measure this GPU once: which configuration is fastest for each of BERT's shapes, beside cuBLAS and eager PyTorch.
 
-Every candidate's numbers are checked against fp64 before it is timed. The winners go into a table in the user's cache
+Every candidate's numbers are checked against fp64 before it is timed, in a process of its own where it has not run here
+before, so that one that hangs or breaks the GPU costs only itself. The winners go into a table in the user's cache
 directory, which lookup prefers from then on. Shapes are measured in order of rank, those without an entry first, and
 written one by one, so that a run that is cut off keeps what it had. Exits with 1 if nothing was measured or kept, with
 2 if it cannot start.
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from .kernels import replay, user_tables
 from .kernels.candidates import candidates
 from .kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
 from .timing import graph_sampler
-from .tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, tune_shape
+from .trials import Trials
+from .tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, Trial, tune_shape
 
 HELP = "measure this GPU once, and prefer what is fastest from then on"
 EXAMPLES = """examples:
@@ -105,16 +107,16 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
     if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
         raise CommandError(f"there is no folder {arguments.export.resolve().parent} to export to")
     source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
-    known = {(e.m, e.n, e.k, e.config.dtype) for e in load_user_table(gpu.arch, gpu.name)}
+    known = {Shape(e.m, e.n, e.k, e.config.dtype): e.config for e in load_user_table(gpu.arch, gpu.name) if e.n and e.k}
     keep = _keeper(gpu, source, exporting=arguments.export is not None)
-    todo.sort(key=lambda shape: (shape.M, shape.N, shape.K, shape.dtype) in known)
+    todo.sort(key=known.__contains__)
     print(f"{gpu.name}, sm_{gpu.arch}, {versions()}: {len(todo)} shapes, at most {arguments.budget:.0f} s\n")
 
     entries: list[Entry] = []
     kept = 0
     failures: dict[str, list[str]] = {}
-    with _progress(len(todo)) as advance:
-        for shape, outcome in measure(todo, gpu, Budget(start + arguments.budget), sampler_of):
+    with Trials(gpu.device) as trial, _progress(len(todo)) as advance:
+        for shape, outcome in measure(todo, gpu, Budget(start + arguments.budget), sampler_of, trial, known):
             advance()
             print(f"{shape!s:<26}{describe(outcome)}", flush=True)
             if isinstance(outcome, Outcome):
@@ -122,6 +124,9 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
                     failures.setdefault(f"{shape.dtype} {name}", []).append(reason)
                 entries.append(entry_of(shape, outcome))
                 kept += keep(entries[-1])
+                if arguments.export is not None:
+                    with contextlib.suppress(CommandError):  # said once, at the end
+                        export(arguments.export, gpu, entries, source)
     print(f"\n{len(entries)} of {len(todo)} shapes measured in {time.monotonic() - start:.0f} s")
     if len(entries) < len(todo):
         print("run it again for the rest, which then goes first")
@@ -162,15 +167,26 @@ def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool
 
 
 def measure(
-    shapes: Iterable[Shape], gpu: Gpu, budget: Budget, sampler_of: SamplerOf
+    shapes: Iterable[Shape],
+    gpu: Gpu,
+    budget: Budget,
+    sampler_of: SamplerOf,
+    trial: Trial | None = None,
+    known: Mapping[Shape, Config] | None = None,
 ) -> Iterator[tuple[Shape, Outcome | NotMeasured]]:
-    """Each shape with what was found, in the order given, until the budget ends or Ctrl-C."""
+    """Each shape with what was found, in the order given, until the budget ends or Ctrl-C.
+
+    trial: as ``tune_shape`` has it. known: of shapes that were measured here before, what was chosen.
+    """
     for shape in shapes:
         if not budget.suffices():
             return
         proposed = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
         try:
-            outcome = tune_shape(shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of)
+            proved = (known or {}).get(shape)
+            outcome = tune_shape(
+                shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of, trial=trial, proved=proved
+            )
         except NotMeasured as reason:
             yield shape, reason
         except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .accuracy import LinearAct, check
+from .command import CommandError
 from .kernels.configs import Config
 from .reference import linear_act
 from .timing import Call, Sampler, buffer_count, graph_sampler, interleave, ratio, repeated, summarize
@@ -26,6 +27,8 @@ CHECKED_ROWS = 4096
 EAGER = "eager"
 
 SamplerOf = Callable[[Sequence[Call]], Sampler]
+# Runs a candidate for the first time, with the pre-activation or without: somewhere else, or it would not be asked.
+Trial = Callable[["Shape", Config, bool], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,11 @@ class NotMeasured(Exception):
     """A shape has no result; the message says why."""
 
 
-class GpuUnusable(Exception):
+class Refused(Exception):
+    """A candidate failed where it was tried; the message says how."""
+
+
+class GpuUnusable(CommandError):
     """A candidate left the GPU in a state in which nothing more can be measured."""
 
 
@@ -94,10 +101,13 @@ def tune_shape(
     *,
     budget: Budget,
     sampler_of: SamplerOf = graph_sampler,
+    trial: Trial | None = None,
+    proved: Config | None = None,
 ) -> Outcome:
     """Choose among ``candidates``, which are in order of preference.
 
-    The library goes first, whether or not it is among them. Eager PyTorch is timed beside them.
+    The library goes first, whether or not it is among them. Eager PyTorch is timed beside them. trial: where candidates
+    run first, but for the library and ``proved``, which ran at this shape before; None: in this process.
 
     Raises:
         NotMeasured: eager or the library failed, or the time does not suffice to compare them with anything.
@@ -114,13 +124,24 @@ def tune_shape(
         buffers = make_buffers(shape, device)
         x, weight, bias = buffers[0]
         checked = (x[:CHECKED_ROWS], weight, bias)
+
+        def attempt(config: Config, training: bool) -> None:
+            if trial is None or config in (library, proved):
+                check_config(config, shape.activation, *checked, training=training)
+            else:
+                trial(shape, config, training)
+
+        named = {str(config): config for config in configs}
         for name, function in _rivals(shape, configs).items():
             if not budget.suffices():
                 unseen += 1
                 continue
             begin = time.monotonic()
             with _recording(failed, name, device):
-                check(function, shape.activation, *checked)
+                if name == EAGER:
+                    check(function, shape.activation, *checked)
+                else:
+                    attempt(named[name], training=False)
                 sampler = sampler_of(repeated([functools.partial(function, *inputs) for inputs in buffers]))
                 sampler()
                 first[name] = min(sampler() for _ in range(2))
@@ -128,7 +149,8 @@ def tune_shape(
                     samplers[name] = sampler
             if name in bars and name in failed:
                 raise NotMeasured(f"{name}: {failed[name]}")
-            budget.longest = max(budget.longest, time.monotonic() - begin)
+            if name not in failed:  # a hang says nothing about the next one
+                budget.longest = max(budget.longest, time.monotonic() - begin)
         if not samplers.keys() >= set(bars) or (unseen and len(first) + len(failed) == len(bars)):
             raise NotMeasured("out of time")
         # Those that were let in early were compared with fewer.
@@ -141,7 +163,7 @@ def tune_shape(
         while True:
             config = pick(timed, samples[EAGER])
             with _recording(failed, str(config), device):
-                _check_training(config, *checked)
+                attempt(config, training=True)
             if str(config) not in failed:
                 break
             if config == library:
@@ -169,8 +191,8 @@ def _equal(fastest: Sequence[float], other: Sequence[float]) -> bool:
     return compared.high >= 1 and compared.median >= EQUAL
 
 
-def make_buffers(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Sets of x, weight and bias, so many that none is in cache when its turn comes."""
+def make_buffers(shape: Shape, device: torch.device, sets: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Sets of x, weight and bias, by default so many that none is in cache when its turn comes."""
     dtype = torch.float32 if shape.dtype == "tf32" else getattr(torch, shape.dtype)
     g = torch.Generator(device).manual_seed(0)
 
@@ -178,8 +200,9 @@ def make_buffers(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tenso
         # What bfloat16 holds, TF32 holds too: its products are exact then, and fp32's bound can judge them.
         return (scale * torch.randn(*sizes, device=device, generator=g)).bfloat16().to(dtype)
 
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    sets = buffer_count((shape.M + shape.N) * shape.K * dtype.itemsize, cache)
+    if sets is None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        sets = buffer_count((shape.M + shape.N) * shape.K * dtype.itemsize, cache)
     return [(normal(1, shape.M, shape.K), normal(0.02, shape.N, shape.K), normal(0.02, shape.N)) for _ in range(sets)]
 
 
@@ -191,14 +214,32 @@ def _rivals(shape: Shape, configs: Iterable[Config]) -> dict[str, LinearAct]:
     return rivals
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, config: Config) -> Tensor:
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, config: Config, save_preact: bool = False
+) -> Tensor:
     from .kernels.linear_act import linear_act_fwd
 
-    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=False, config=config)[0]
+    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)[0]
 
 
-def _check_training(config: Config, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Raise what a configuration raises that cannot keep the pre-activation too, or keeps a wrong one."""
+@torch.no_grad()
+def first_run(shape: Shape, config: Config, training: bool, device: torch.device) -> None:
+    """Raise what a configuration raises that fails at a shape or gives wrong numbers there.
+
+    Numbers are checked on some rows; a hang may need them all.
+    """
+    with fp32_products(shape.dtype):
+        ((x, weight, bias),) = make_buffers(shape, device, sets=1)
+        check_config(config, shape.activation, x[:CHECKED_ROWS], weight, bias, training=training)
+        if len(x) > CHECKED_ROWS:
+            _fused(x, weight, bias, activation=shape.activation, config=config, save_preact=training)
+
+
+def check_config(config: Config, activation: str, x: Tensor, weight: Tensor, bias: Tensor, *, training: bool) -> None:
+    """Raise what a configuration raises that is wrong, or in training keeps no or a wrong pre-activation."""
+    if not training:
+        check(functools.partial(_fused, activation=activation, config=config), activation, x, weight, bias)
+        return
     from .kernels.linear_act import linear_act_fwd
 
     def kept(which: int) -> LinearAct:
@@ -213,13 +254,19 @@ def _check_training(config: Config, x: Tensor, weight: Tensor, bias: Tensor) -> 
     check(kept(1), "none", x, weight, bias)
 
 
+def in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 @contextmanager
 def _recording(failed: dict[str, str], name: str, device: torch.device) -> Iterator[None]:
     """That a candidate does not compile, does not fit or is wrong is a result as well."""
     try:
         yield
+    except GpuUnusable:
+        raise
     except Exception as error:
-        failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        failed[name] = str(error) if isinstance(error, Refused) else in_one_line(error)
         if device.type == "cuda":
             try:
                 torch.cuda.synchronize(device)

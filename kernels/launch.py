@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton import knobs
@@ -181,7 +182,13 @@ def _encode(descriptor: Any, described: Any) -> tuple[Any, ...]:
     """What the launcher is given for a descriptor, of which the compiler said ``described``."""
     encode = triton.backends.nvidia.driver.make_tensordesc_arg
     more = (None,) * (encode.__code__.co_argcount - 2)  # Triton 3.9 passes on arguments that it does not read
-    return tuple(encode(descriptor, described, *more))
+    try:
+        return tuple(encode(descriptor, described, *more))
+    except RuntimeError:
+        # A launch makes the device's context current where a thread has none yet, encoding does not. Any call of
+        # CUDA's runtime does, and this one is allowed while a graph is captured.
+        torch.cuda.mem_get_info()
+        return tuple(encode(descriptor, described, *more))
 
 
 def _encoder(descriptor: TensorDescriptor, described: Any) -> Encoder:

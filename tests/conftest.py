@@ -14,6 +14,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # also where the GPU's 
 
 import torch  # noqa: E402
 
+if GPU:
+    from watchdog import pytest_configure, pytest_runtest_protocol, pytest_runtest_teardown  # noqa: F401
+
 if INTERPRETED:
     import interpreter
 

@@ -468,6 +468,51 @@ def check_descriptors_are_encoded_once_and_their_number_is_bounded() -> None:
         setattr(utils, name, original)
 
 
+def check_a_kept_call_is_a_threads_first_cuda_work() -> None:
+    """A driver encodes only where the thread has a context, which any call of CUDA's runtime gives it."""
+    x, w, b = wide_tensors()
+    linear_act(x, w, b)
+    linear_act(x, w, b)
+    utils = triton.runtime.driver.active.utils
+    name = next(n for n in ("fill_tma_descriptor_tiled", "fill_tma_descriptor") if hasattr(utils, n))
+    original, thread, refused = getattr(utils, name), threading.local(), []
+    mem_get_info = torch.cuda.mem_get_info
+
+    def encode(*args: Any) -> Any:
+        if not hasattr(thread, "context"):
+            refused.append(args)
+            raise RuntimeError("Triton Error [CUDA]: invalid device context")
+        return original(*args)
+
+    def attempt() -> str:
+        found: list[str] = []
+
+        def work() -> None:
+            replay.encoded.clear()
+            try:
+                _, seen = launched(lambda: linear_act(x, w, b), parameters=6)
+                assert [seen["params"][0], seen["params"][5]] == [x.data_ptr(), w.data_ptr()]
+            except RuntimeError as error:
+                found.append(str(error))
+
+        cold = threading.Thread(target=work)
+        cold.start()
+        cold.join()
+        return "".join(found)
+
+    setattr(utils, name, encode)
+    try:
+        torch.cuda.mem_get_info = lambda: vars(thread).update(context=True)
+        assert attempt() == ""
+        assert len(refused) == 1, len(refused)
+        torch.cuda.mem_get_info = lambda: None  # what fails twice is the caller's to know
+        assert "invalid device context" in attempt()
+        assert len(refused) == 3, len(refused)
+    finally:
+        setattr(utils, name, original)
+        torch.cuda.mem_get_info = mem_get_info
+
+
 def check_kept_calls_that_split_k() -> None:
     x, w, b = linear_tensors(K=256)
     config = Config("pointer", "float16", 16, 16, 64, num_warps=4, num_stages=2, split_k=4)

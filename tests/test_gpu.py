@@ -1,4 +1,4 @@
-"""Values on an NVIDIA GPU, where neither the interpreter nor the compiler alone can judge. ``make gpu`` runs this."""
+"""Values on an NVIDIA GPU, where neither the interpreter nor the compiler alone can judge. Run by ``make gpu-test``."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from checks import (
     LAYOUTS,
     REGIMES,
     Inputs,
+    accumulation_bound,
     act64,
     act_grad64,
     assert_forward,
@@ -132,7 +133,9 @@ def test_bert_shapes_are_no_worse_than_eager(K: int, N: int, M: int, dtype: torc
         out = linear_act(x, weight, bias, "gelu")
         assert_forward(out, x, weight, bias, "gelu", regime)
         ref = act64(linear64(x, weight, bias), "gelu")
-        assert_no_worse_than_eager(out, eager(x, weight, bias, "gelu"), ref, what=regime)
+        # Why fp16 is allowed more: docs/design.md.
+        allowed = accumulation_bound(x, weight, bias) if dtype == torch.float16 else 0.0
+        assert_no_worse_than_eager(out, eager(x, weight, bias, "gelu"), ref, accumulation=allowed, what=regime)
 
 
 @every_dtype

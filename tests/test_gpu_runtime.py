@@ -1,4 +1,4 @@
-"""A fused call among graphs, streams, settings and models on an NVIDIA GPU. ``make gpu`` runs this."""
+"""A fused call among graphs, streams, settings and models on an NVIDIA GPU. ``make gpu-test`` runs this."""
 
 import re
 from collections.abc import Iterator

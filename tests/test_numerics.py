@@ -6,7 +6,7 @@ from pathlib import Path
 import numerics
 import pytest
 import torch
-from checks import DTYPES, dtype_name
+from checks import DTYPES, accumulation_bound, assert_no_worse_than_eager, dtype_name, make_inputs
 from numerics_page import GRADIENTS, Errors, Row, broken, forward_line, grad_line
 from torch import Tensor
 
@@ -100,3 +100,20 @@ def test_a_broken_promise_fails_the_command(monkeypatch, tmp_path, capsys) -> No
     results[768] = bad
     assert numerics.main(command) == 1
     assert "broken promise: out float16 relu K=384: 9.000 of the promised error" in capsys.readouterr().err
+
+
+def test_a_tie_broken_by_the_order_of_a_sum_is_no_error_and_an_ulp_is() -> None:
+    """An fp16 result 2e-6 from the middle of two numbers, rounded to the other one than eager's."""
+    ulp = 2.0**-8
+    exact = torch.tensor([4 + ulp / 2 - 2e-6], dtype=torch.float64)
+    eager, other, wrong = (torch.tensor([4 + steps * ulp]).half() for steps in (0, 1, -1))
+    allowed = accumulation_bound(**vars(make_inputs("unit", 64, 64, 1024, torch.float16)))
+    with pytest.raises(AssertionError, match="max error"):
+        assert_no_worse_than_eager(other, eager, exact)
+    with pytest.raises(AssertionError, match="rms error"):  # of one element: no average
+        assert_no_worse_than_eager(other, eager, exact, accumulation=allowed)
+    many = torch.full((1000,), 4.0, dtype=torch.float64) + torch.linspace(0, 0.45, 1000, dtype=torch.float64) * ulp
+    of_eager, exact = torch.cat((many.half(), eager)), torch.cat((many, exact))
+    assert_no_worse_than_eager(torch.cat((many.half(), other)), of_eager, exact, accumulation=allowed)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_no_worse_than_eager(torch.cat((many.half(), wrong)), of_eager, exact, accumulation=allowed)

@@ -1,7 +1,10 @@
 """Can the benchmarks tell a slower function from an equal one? On this machine, and in theory."""
 
+import contextlib
 import math
 import random
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.comparison import Implementation, Problem, measure
 from benchmarks.linear import problem
-from bert_fused.timing import Ratio, buffer_count, interleave, ratio, repeated, summarize, wall_sampler
+from bert_fused.timing import Ratio, buffer_count, capture, interleave, ratio, repeated, summarize, wall_sampler
 
 CASE = Case("modules", "small", "float32", "gelu", 8, 512, 256)
 
@@ -97,6 +100,41 @@ def test_a_deadline_ends_the_rounds() -> None:
     calls: list[str] = []
     assert interleave({"a": lambda: float(calls.append("a") or 1)}, rounds=9, deadline=-math.inf) == {"a": []}
     assert calls == ["a"]  # the warm-up
+
+
+def test_a_failed_capture_takes_the_random_numbers_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch leaves its default generator in a capture that failed, until one succeeds; its part is played here."""
+    captures: list[bool] = []  # of each, whether it has ended
+
+    @contextlib.contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        captures.append(False)
+        yield
+        captures[:] = [True] * len(captures)
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    made_up: dict[str, Any] = {"graph": graph, "CUDAGraph": object, "graph_pool_handle": object}
+    made_up |= {"Stream": lambda: stream, "current_stream": lambda: stream, "set_stream": lambda stream: None}
+    made_up |= {"stream": lambda stream: contextlib.nullcontext(), "current_device": lambda: 0}
+    for name, value in made_up.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+
+    def fails_while_captured() -> None:
+        if captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture([fails_while_captured])
+    assert captures == [True, True]
+    # A GPU that can do no more tells why by its first error.
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: fails_while_captured())
+    captures.clear()
+    with pytest.raises(ZeroDivisionError):
+        capture([lambda: 1 / (not captures)])
 
 
 def test_the_wall_clock_waits_for_the_device_on_both_sides() -> None:
