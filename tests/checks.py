@@ -252,28 +252,28 @@ def make_inputs(regime: str, M: int, N: int, K: int, dtype: torch.dtype, *, bias
 LAYOUTS = ("contiguous", "row_slice", "column_slice", "transposed", "expanded", "cls", "offset1", "offset3", "offset5")
 
 
-def with_layout(matrix: Tensor, layout: str) -> Tensor:
+def with_layout(matrix: Tensor, layout: str, around: float = math.nan) -> Tensor:
     """A view with the values of ``matrix`` (its first row throughout for "expanded") and other strides or offset.
 
-    What lies around the view is NaN.
+    around: what lies around the view.
     """
     rows, columns = matrix.shape
     match layout:
         case "contiguous":
             return matrix.contiguous()
         case "row_slice":
-            view = matrix.new_full((2 * rows + 3, columns), math.nan)[3::2]
+            view = matrix.new_full((2 * rows + 3, columns), around)[3::2]
         case "column_slice":
-            view = matrix.new_full((rows, columns + 13), math.nan)[:, 5 : 5 + columns]
+            view = matrix.new_full((rows, columns + 13), around)[:, 5 : 5 + columns]
         case "transposed":
-            view = matrix.new_full((columns, rows), math.nan).t()
+            view = matrix.new_full((columns, rows), around).t()
         case "expanded":
             return matrix[:1].clone().expand(rows, columns) if rows else matrix
         case "cls":
-            view = matrix.new_full((rows, 4, columns), math.nan)[:, 0]
+            view = matrix.new_full((rows, 4, columns), around)[:, 0]
         case _:
             offset = int(layout.removeprefix("offset"))
-            view = matrix.new_full((offset + rows * columns,), math.nan)[offset:].view(rows, columns)
+            view = matrix.new_full((offset + rows * columns,), around)[offset:].view(rows, columns)
     return view.copy_(matrix)
 
 

@@ -1,6 +1,7 @@
 """The forward kernel, alone, against fp64 on the same rounded inputs, on every path it can take."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -125,9 +126,11 @@ def test_library_path(dtype: torch.dtype, activation: str) -> None:
 @all_dtypes
 def test_layouts(dtype: torch.dtype, argument: str, layout: str, config: Callable[[torch.dtype], Config]) -> None:
     """Strides and offsets change nothing: exact integers stay exact, other numbers within the bound."""
+    # oneDNN's bf16 product (AMX) multiplies what follows a row of odd length by zero, and so must not find NaN there.
+    around = 1000.0 if config is library and dtype is torch.bfloat16 else math.nan
     i = make_inputs("integers", 19, 70, 45, dtype)
     args = {"x": i.x, "weight": i.weight}
-    args[argument] = with_layout(args[argument], layout)
+    args[argument] = with_layout(args[argument], layout, around)
     assert i.bias is not None
     bias = strided_vector(i.bias)
     out, _ = linear_act_fwd(**args, bias=bias, activation="none", save_preact=False, config=config(dtype))
@@ -136,7 +139,7 @@ def test_layouts(dtype: torch.dtype, argument: str, layout: str, config: Callabl
 
     i = make_inputs("unit", 19, 70, 45, dtype)
     args = {"x": i.x, "weight": i.weight}
-    args[argument] = with_layout(args[argument], layout)
+    args[argument] = with_layout(args[argument], layout, around)
     out, _ = linear_act_fwd(**args, bias=i.bias, activation="relu", save_preact=False, config=config(dtype))
     assert_forward(out, args["x"], args["weight"], i.bias, "relu")
 
