@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models hub docs pictures numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models docs pictures numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -41,9 +41,6 @@ test-versions: $(VENV)/.test
 
 models: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/families.py $(ARGS)
-
-hub: $(VENV)/.test
-	$(PY) -m bert_fused.hub build/hub
 
 docs: $(VENV)/.test
 	$(PY) -m sphinx -W --keep-going -n -q -E -b html docs/api build/api

@@ -52,7 +52,8 @@ def measure(rounds: int, planted_us: float) -> Samples:
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
-    from bert_fused import FusedBertIntermediate, FusedBertPooler, modules
+    from bert_fused import FusedBertIntermediate, FusedBertPooler
+    from bert_fused.hf import modules
     from bert_fused.kernels import replay
     from bert_fused.kernels.configs import get_config
     from bert_fused.kernels.linear_act import linear_act_fwd

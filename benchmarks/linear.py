@@ -12,11 +12,12 @@ from torch import Tensor
 import bert_fused
 from benchmarks.cases import Case
 from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
-from bert_fused import accuracy, reference
-from bert_fused.accuracy import rows_of
-from bert_fused.dispatch import device_reason
+from bert_fused import reference
+from bert_fused.fallback import device_reason
 from bert_fused.kernels.configs import get_config
 from bert_fused.timing import MIN_CALLS, Call, buffer_count
+from bert_fused.tune import accuracy
+from bert_fused.tune.accuracy import rows_of
 
 # A gradient of ours, in RMS against fp64, may be this many times eager's: docs/design.md.
 GRADIENT_RATIO = 1.05

@@ -13,7 +13,7 @@ import bert_fused
 from benchmarks.cases import Case
 from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
 from benchmarks.linear import torch_dtype
-from bert_fused.encoder import REQUEST, Request
+from bert_fused.unpad.encoder import REQUEST, Request
 
 LAYERS_AND_HEADS = {"BERT-base": (12, 12), "BERT-large": (24, 16), "MiniLM": (6, 12)}
 SETS = 4

@@ -20,7 +20,7 @@ from benchmarks import ceilings, linear, models
 from benchmarks.cases import RIVALS, SUITES, Case, cases
 from benchmarks.comparison import measure
 from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
-from bert_fused.tuning import fp32_products
+from bert_fused.tune.search import fp32_products
 
 
 def first_guess(case: Case, device: str) -> float:

@@ -21,8 +21,8 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 
 from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.candidates import LATENCY, Chip, chip_of, modelled_clocks, resident_blocks
 from bert_fused.kernels.configs import MAX_M, SHARED_MEMORY, Config, get_config, load_table, shipped_configs
+from bert_fused.tune.candidates import LATENCY, Chip, chip_of, modelled_clocks, resident_blocks
 
 from .ahead_of_time import ROWS, compile_grad, compile_linear, compile_pass
 from .intermediate import matrix_instructions, narrow_offsets, right_instruction, wide_products

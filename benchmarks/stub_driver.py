@@ -96,11 +96,12 @@ def install() -> ctypes.CDLL:
     driver.get_device_capability = lambda device: divmod(ARCH, 10)
     triton.runtime.driver.set_active(driver)
 
-    from bert_fused import dispatch, modules, ops
+    from bert_fused import fallback, ops
+    from bert_fused.hf import modules
     from bert_fused.kernels import runtime
 
     cuda = torch.device("cuda", 0)
-    real = dispatch.device_reason
+    real = fallback.device_reason
 
     def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return real(cuda, dtype)
@@ -109,6 +110,6 @@ def install() -> ctypes.CDLL:
     runtime._num_sms_of_index = functools.cache(lambda index: SMS)
     runtime._name_of_index = functools.cache(lambda index: "stub")
     modules._CPU_HAS_KERNELS = True
-    for module in (dispatch, ops, modules):
+    for module in (fallback, ops, modules):
         vars(module)["device_reason"] = device_reason
     return stub

@@ -15,7 +15,7 @@ from benchmarks import linear, models
 from benchmarks.cases import SUITES, Case, cases
 from benchmarks.comparison import checked
 from bert_fused.timing import graph_sampler, repeated
-from bert_fused.tuning import fp32_products
+from bert_fused.tune.search import fp32_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 10

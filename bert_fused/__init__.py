@@ -1,13 +1,14 @@
 """BERT's dense blocks as single Triton kernels, exact and differentiable: linear + GELU, CLS slice + linear + tanh."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .fusion import FuseReport, fuse, fused, unfuse
 from .ops import cls_pool, linear_act
-from .verification import Verification, verify
 
 if TYPE_CHECKING:
-    from .modules import FusedBertIntermediate, FusedBertPooler
+    from .hf.fuse import FuseReport, fuse, fused, unfuse
+    from .hf.modules import FusedBertIntermediate, FusedBertPooler
+    from .hf.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -24,11 +25,27 @@ __all__ = [
     "verify",
 ]
 
+# What needs transformers, which importing bert_fused must not, and the module of ``hf`` that has it.
+_LAZY = {
+    "FuseReport": "fuse",
+    "FusedBertIntermediate": "modules",
+    "FusedBertPooler": "modules",
+    "Verification": "verify",
+    "fuse": "fuse",
+    "fused": "fuse",
+    "unfuse": "fuse",
+    "verify": "verify",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The modules subclass Hugging Face's, and importing bert_fused must not need transformers.
-    if name in ("FusedBertIntermediate", "FusedBertPooler"):
-        from . import modules
-
-        return getattr(modules, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.hf.{_LAZY[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        message = f"bert_fused.{name} needs transformers, which is not installed: pip install 'bert-fused[hf]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    return getattr(module, name)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, check, demo, info, tune
-from .command import CommandError, Parser
+from . import __version__
+from .cli import check, demo, info, tune
+from .cli.common import CommandError, Parser
 
 COMMANDS = {"check": check, "demo": demo, "info": info, "tune": tune}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import device_reason, fallback_reason, forward_ad_is_active, is_plain, log_once
+from .fallback import device_reason, fallback_reason, forward_ad_is_active, is_plain, log_once
 from .kernels import replay
 from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT, NEEDS_PREACT
 

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from bert_fused.kernels.candidates import EPILOGUE, ISSUE, LATENCY, step_clocks
 from bert_fused.kernels.configs import Config
+from bert_fused.tune.candidates import EPILOGUE, ISSUE, LATENCY, step_clocks
 
 FOLDER = Path(__file__).parent / "pictures"
 STYLE = {"svg.hashsalt": "bert_fused", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}

@@ -32,8 +32,8 @@ MAX_KEPT = 1024
 KNOWN_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 LAUNCHER_IS_KNOWN = triton.__version__.startswith(KNOWN_TRITONS)
 SLOW_LAUNCHES = (
-    f"bert_fused does not know the launcher of Triton {triton.__version__}: kernels are launched by kernel[grid], "
-    "which costs the host 10 to 30 us more for each call"
+    f"the launcher of Triton {triton.__version__} is not known here: kernels are launched by kernel[grid], which "
+    "costs the host 10 to 30 us more for each call"
 )
 
 # The launcher of a compiled kernel, and what Triton's compiler says of each of its descriptors.
@@ -85,7 +85,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
 
 @functools.cache
 def _warn_once() -> None:
-    logging.getLogger("bert_fused").warning(SLOW_LAUNCHES)
+    logging.getLogger(__name__).warning(SLOW_LAUNCHES)
 
 
 def _encoded(values: tuple[Any, ...], described: tuple[Any, ...]) -> Iterator[Any]:

@@ -20,10 +20,10 @@ if GPU:
 if INTERPRETED:
     import interpreter
 
-    from bert_fused import dispatch
+    from bert_fused import fallback
 
     interpreter.install()
-    dispatch.INTERPRETER_DTYPES = dispatch.KERNEL_DTYPES
+    fallback.INTERPRETER_DTYPES = fallback.KERNEL_DTYPES
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

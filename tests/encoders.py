@@ -11,7 +11,7 @@ from models import SIZES, drawn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bert_fused import encoder as fused_encoder
+from bert_fused.unpad import encoder as fused_encoder
 
 HEADS = {
     "Model": "pooler",

@@ -33,9 +33,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from bert_fused import fuse
-from bert_fused.blocks import Block, block_in, read_chain
-from bert_fused.modules import original_class
-from bert_fused.verification import _tensors
+from bert_fused.hf.modules import original_class
+from bert_fused.hf.recognize import Block, block_in, read_chain
+from bert_fused.hf.verify import _tensors
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/models.md"
 MODELS = Path(transformers.__file__).parent / "models"
@@ -272,8 +272,8 @@ def page(rows: list[tuple[Folder, dict[str, str]]]) -> str:
             f"{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by",
             f"{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.",
             "",
-            "A class is fused if its own code is one of the chains of steps in `bert_fused/blocks.py`. The rest are",
-            "left alone, and the table says what their code is: another chain, gated (a product of two layers), or",
+            "A class is fused if its own code is one of the chains of steps in `bert_fused/hf/recognize.py`. The rest",
+            "are left alone, and the table says what their code is: another chain, gated (a product of two layers), or",
             "more than a chain. A module with an adapter, a hook or an activation without a kernel is left alone",
             "wherever it is.",
             "",

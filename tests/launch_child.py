@@ -618,7 +618,7 @@ def check_an_unknown_triton_gets_its_own_path() -> None:
     launching._kept.clear()
     launching.LAUNCHER_IS_KNOWN = False
     records: list[str] = []
-    logging.getLogger("bert_fused").addFilter(lambda record: records.append(record.getMessage()))
+    logging.getLogger(launching.__name__).addFilter(lambda record: records.append(record.getMessage()))
     try:
         for _ in range(2):
             launched(lambda: launch(probe_kernel, (1,), *args, **constexprs))

@@ -41,7 +41,7 @@ from checks import (
 from numerics_page import Errors, Row, broken, page
 from torch import Tensor
 
-from bert_fused import dispatch, ops
+from bert_fused import fallback, ops
 from bert_fused.kernels import configs
 from bert_fused.kernels.act_grad import act_bwd
 from bert_fused.kernels.configs import Config
@@ -162,7 +162,7 @@ def prepared() -> AbstractContextManager[Any]:
     import interpreter
 
     interpreter.install()
-    dispatch.INTERPRETER_DTYPES = dispatch.KERNEL_DTYPES
+    fallback.INTERPRETER_DTYPES = fallback.KERNEL_DTYPES
     torch.set_num_threads(1)
     return mock.patch.object(configs, "default_config", large_tiles)
 

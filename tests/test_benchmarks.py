@@ -23,9 +23,10 @@ from benchmarks import ceilings, comparison, linear, models, plots, records, rep
 from benchmarks.cases import CUT_OFF, SUITES, Case, cases
 from benchmarks.comparison import Implementation, each, figures, measure
 from benchmarks.records import BadResults, Writer, default_path, environment, parse, read
-from bert_fused import accuracy, encoder
 from bert_fused.timing import wall_sampler
-from bert_fused.tuning import fp32_products
+from bert_fused.tune import accuracy
+from bert_fused.tune.search import fp32_products
+from bert_fused.unpad import encoder
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case("modules", "MiniLM", "float32", "gelu", 48, 96, 64)

@@ -38,9 +38,10 @@ from transformers.models.esm import modeling_esm
 from transformers.models.roberta import modeling_roberta
 from transformers.models.timesformer.modeling_timesformer import TimesformerIntermediate
 
-from bert_fused import cls_pool, fuse, linear_act, modules, unfuse
-from bert_fused.blocks import _BLOCKS, INTERMEDIATE, POOLER, block_of, read_chain
-from bert_fused.modules import fused_class
+from bert_fused import cls_pool, fuse, linear_act, unfuse
+from bert_fused.hf import modules
+from bert_fused.hf.modules import fused_class
+from bert_fused.hf.recognize import _BLOCKS, INTERMEDIATE, POOLER, block_of, read_chain
 
 # Their code is something else: quantised, dropout, a norm before, conditions, an argument's attributes, gates.
 OTHERS = {

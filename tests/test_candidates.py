@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from bert_fused.kernels import candidates as module
-from bert_fused.kernels.candidates import candidates, modelled_clocks, resident_blocks, shared_bytes
 from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config
+from bert_fused.tune import candidates as module
+from bert_fused.tune.candidates import candidates, modelled_clocks, resident_blocks, shared_bytes
 
 SHAPES = [(3072, 768), (4096, 1024), (1536, 384), (768, 768), (384, 384)]
 

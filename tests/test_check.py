@@ -19,8 +19,8 @@ from transformers import (
     GPT2Model,
 )
 
-import bert_fused.check as check_module
-import bert_fused.modules
+import bert_fused.cli.check as check_module
+import bert_fused.hf.modules
 from bert_fused.__main__ import main
 
 
@@ -41,7 +41,7 @@ def check(folder: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_model_with_its_head_and_tokenizer(tokenizer, tmp_path, capsys, monkeypatch) -> None:
     make(BertForSequenceClassification, vocab_size=30522).save_pretrained(tmp_path)
     capsys.readouterr()
-    monkeypatch.setattr("bert_fused.check.ROUNDS", 1)  # each is five calls in the interpreter
+    monkeypatch.setattr("bert_fused.cli.check.ROUNDS", 1)  # each is five calls in the interpreter
     code, result = check(tmp_path, "--unpad", "--cls-only", "--seconds", "99", capsys=capsys)
     assert code == 0
     assert result["verified"] is True
@@ -83,14 +83,14 @@ def test_the_times_are_of_what_they_say(tmp_path, capsys, monkeypatch) -> None:
     """A planted delay in the fused module alone comes out in the fused model's time."""
     make(BertForMaskedLM, num_hidden_layers=1).save_pretrained(tmp_path)
     capsys.readouterr()
-    monkeypatch.setattr("bert_fused.check.ROUNDS", 5)
-    honest = bert_fused.modules.linear_act
+    monkeypatch.setattr("bert_fused.cli.check.ROUNDS", 5)
+    honest = bert_fused.hf.modules.linear_act
 
     def late(*args, **kwargs):
         time.sleep(0.5)
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(bert_fused.modules, "linear_act", late)
+    monkeypatch.setattr(bert_fused.hf.modules, "linear_act", late)
     code, result = check(tmp_path, "--seconds", "99", capsys=capsys)
     assert code == 0
     gain = result["variants"][0]["gain"]
@@ -121,14 +121,14 @@ def test_without_a_tokenizer_and_in_words(tmp_path, capsys) -> None:
 def test_wrong_results_are_found(fault, tmp_path, capsys, monkeypatch) -> None:
     make(num_hidden_layers=1).save_pretrained(tmp_path)
     capsys.readouterr()
-    honest = bert_fused.modules.linear_act
+    honest = bert_fused.hf.modules.linear_act
 
     def wrong(x, weight, bias, activation, **options):
         if fault == "tanh GELU":
             return honest(x, weight, bias, "gelu_tanh", **options)
         return honest(x, weight, bias, activation, **options) * (1.001 if fault != "NaN" else float("nan"))
 
-    monkeypatch.setattr(bert_fused.modules, "linear_act", wrong)
+    monkeypatch.setattr(bert_fused.hf.modules, "linear_act", wrong)
     code, result = check(tmp_path, "--seconds", "0", capsys=capsys)
     assert code == 1
     assert result["verified"] is False

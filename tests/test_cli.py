@@ -13,10 +13,10 @@ import torch
 from models import make
 
 import bert_fused
-from bert_fused import command
 from bert_fused.__main__ import COMMANDS, main, parse
+from bert_fused.cli import common
+from bert_fused.cli.sample_inputs import docstrings
 from bert_fused.kernels import launch
-from bert_fused.samples import docstrings
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,10 +64,10 @@ def test_demo_through_the_interpreter(dtype, tiny_model, capsys) -> None:
 
 
 def test_demo_fails_if_results_differ(monkeypatch, tiny_model, capsys) -> None:
-    import bert_fused.modules
+    import bert_fused.hf.modules
 
-    honest = bert_fused.modules.linear_act
-    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a, **k: honest(*a, **k) * 1.001)
+    honest = bert_fused.hf.modules.linear_act
+    monkeypatch.setattr(bert_fused.hf.modules, "linear_act", lambda *a, **k: honest(*a, **k) * 1.001)
     assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model]) == 1
     assert "FAILED: fused and unfused differ" in capsys.readouterr().err
 
@@ -75,7 +75,7 @@ def test_demo_fails_if_results_differ(monkeypatch, tiny_model, capsys) -> None:
 def test_interpreter_proof_fails_on_a_wrong_kernel(monkeypatch, tmp_path) -> None:
     from safetensors.torch import save_file
 
-    from bert_fused import interpreter_proof
+    from bert_fused.cli import interpreter_proof
 
     torch.manual_seed(0)
     tensors = {"intermediate.x": torch.randn(2, 3, 32), "intermediate.weight": torch.randn(8, 32) / 6}
@@ -91,7 +91,7 @@ def test_interpreter_proof_fails_on_a_wrong_kernel(monkeypatch, tmp_path) -> Non
 def test_demo_with_bad_arguments(monkeypatch, capsys) -> None:
     assert main(["demo", "--texts", "0"]) == 2
     assert "--texts must be at least 1, got 0" in capsys.readouterr().err
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 2
     assert "transformers is not installed; try: pip install 'bert-fused[demo]'" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks.intermediate import matrix_instructions, right_instruction
 from benchmarks.sass import RESIDENT_BLOCKS, broken_budgets, intended_blocks, linear_times, pass_times
-from bert_fused.kernels.candidates import resident_blocks
 from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, shipped_configs
+from bert_fused.tune.candidates import resident_blocks
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -206,7 +206,7 @@ import json
 import sys
 from benchmarks.ahead_of_time import compile_linear
 from benchmarks.sass import inspect
-from bert_fused.kernels.candidates import candidates, shared_bytes
+from bert_fused.tune.candidates import candidates, shared_bytes
 arch = int(sys.argv[1])
 shapes = [(M, N, K) for N, K in ((3072, 768), (4096, 1024), (768, 768)) for M in (1, 64, 256, 1024, 8192)]
 offered = dict.fromkeys(c for shape in shapes for c in candidates(*shape, sys.argv[2], arch) if c.kernel != "library")

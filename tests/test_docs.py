@@ -125,7 +125,7 @@ def test_the_timeline_is_the_models_and_says_so() -> None:
     """Its ends are the clocks of the cycle model for so many tiles on each SM."""
     import draw
 
-    from bert_fused.kernels.candidates import chip_of, modelled_clocks
+    from bert_fused.tune.candidates import chip_of, modelled_clocks
 
     tiles = draw.TILES_PER_SM * chip_of(draw.ARCH).sms
     columns = draw.N // draw.TILE.block_n

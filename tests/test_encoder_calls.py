@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.models.bert import modeling_bert
 
-from bert_fused import fuse, packing, verify
+from bert_fused import fuse, verify
+from bert_fused.unpad import packing
 
 TOLERANCE = 1e-5
 FEATURES = {"BertModel": "last_hidden_state", "BertForSequenceClassification": "logits"}

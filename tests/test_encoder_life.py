@@ -14,10 +14,10 @@ from models import SIZES
 from torch import nn
 
 from bert_fused import fuse, fused, unfuse, verify
-from bert_fused.encoder import FusedEncoder
-from bert_fused.modules import original_class
-from bert_fused.packing import Packing
-from bert_fused.readers import tell_of_sentence_transformer
+from bert_fused.hf.modules import original_class
+from bert_fused.unpad.encoder import FusedEncoder
+from bert_fused.unpad.hooks import sentence_transformer_pre_hook
+from bert_fused.unpad.packing import Packing
 
 NAME = "BertForSequenceClassification"
 MASK = mask_of("right")
@@ -545,7 +545,7 @@ def test_fused_during_a_call() -> None:
 
 
 def test_sentence_transformers_hook_without_keyword_arguments() -> None:
-    assert tell_of_sentence_transformer(nn.Identity(), ({},)) is None
+    assert sentence_transformer_pre_hook(nn.Identity(), ({},)) is None
 
 
 def test_original_class_of_an_encoder() -> None:

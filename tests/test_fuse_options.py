@@ -5,8 +5,9 @@ import torch
 from encoders import build, inputs_of, mask_of, watched
 from torch import nn
 
-from bert_fused import fuse, fused, unfuse, verification, verify
-from bert_fused.encoder import FusedEncoder
+from bert_fused import fuse, fused, unfuse, verify
+from bert_fused.hf import verify as verification
+from bert_fused.unpad.encoder import FusedEncoder
 
 RIGHT = mask_of("right")
 

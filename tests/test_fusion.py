@@ -220,8 +220,8 @@ def test_verify_keeps_the_random_state_of_a_model_that_draws() -> None:
 @pytest.mark.parametrize("planted", [1e-3, float("nan"), float("inf")])
 def test_verify_finds_a_difference(planted, monkeypatch) -> None:
     model = make()
-    honest = bert_fused.modules.linear_act
-    monkeypatch.setattr(bert_fused.modules, "linear_act", lambda *a, **k: honest(*a, **k) + planted)
+    honest = bert_fused.hf.modules.linear_act
+    monkeypatch.setattr(bert_fused.hf.modules, "linear_act", lambda *a, **k: honest(*a, **k) + planted)
     result = verify(model, **inputs())
     assert result.max_abs_error > 1e-4
     if planted != 1e-3:
@@ -247,12 +247,12 @@ def test_verify_gives_both_calls_the_same_start() -> None:
     assert verify(model, ids, seen).max_abs_error < 2e-5
     assert seen == []
     assert ids.tolist() == [[2, 3, 4]]
-    honest = bert_fused.modules.linear_act
-    bert_fused.modules.linear_act = lambda *a, **k: honest(*a, **k) + 1
+    honest = bert_fused.hf.modules.linear_act
+    bert_fused.hf.modules.linear_act = lambda *a, **k: honest(*a, **k) + 1
     try:
         assert verify(model, ids, seen).max_abs_error > 0.01
     finally:
-        bert_fused.modules.linear_act = honest
+        bert_fused.hf.modules.linear_act = honest
 
 
 def test_verify_of_masked_outputs() -> None:

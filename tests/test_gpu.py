@@ -25,7 +25,7 @@ from checks import (
 from gpu import DEVICE, HAS_GPU, MARKS, gradients, inputs, needs_gpu
 
 from bert_fused import cls_pool, linear_act
-from bert_fused.dispatch import device_reason, interpreted
+from bert_fused.fallback import device_reason, interpreted
 from bert_fused.kernels.act_grad import act_bwd
 from bert_fused.kernels.act_pass import act_fwd
 from bert_fused.kernels.configs import Config, shipped_configs

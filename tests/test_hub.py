@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_fused import hub
+from examples.kernel_hub import build as hub
 
 ROOT = Path(__file__).parent.parent
 

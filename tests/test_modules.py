@@ -23,7 +23,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 import bert_fused
 from bert_fused import FusedBertIntermediate, FusedBertPooler
-from bert_fused.modules import activation_name, fused_class, original_class
+from bert_fused.hf.modules import activation_name, fused_class, original_class
 
 KERNEL_OF_NAME = {
     "gelu": "gelu",
@@ -230,7 +230,7 @@ def test_a_fused_model_pickled_by_cloudpickle_is_fused_in_another_process(tmp_pa
         import pickle, sys
         from pathlib import Path
         import bert_fused
-        from bert_fused.modules import fused_class, original_class
+        from bert_fused.hf.modules import fused_class, original_class
         model = pickle.loads(Path(sys.argv[1]).read_bytes())
         kinds = [type(module) for module in model.modules()]
         originals = [original for module in model.modules() if (original := original_class(module))]
@@ -244,11 +244,11 @@ def test_a_fused_model_pickled_by_cloudpickle_is_fused_in_another_process(tmp_pa
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    import bert_fused.modules
+    import bert_fused.hf.modules
 
     for name in ("FusedNothing", "Nothing"):
         with pytest.raises(AttributeError, match=name):
-            getattr(bert_fused.modules, name)
+            getattr(bert_fused.hf.modules, name)
     with pytest.raises(AttributeError, match="Nothing"):
         bert_fused.Nothing  # noqa: B018
 

@@ -398,9 +398,9 @@ def test_result_changed_in_place(activation) -> None:
 
 
 def test_interpreted_bfloat16_is_left_to_pytorch_where_it_was_not_repaired(monkeypatch, launches) -> None:
-    from bert_fused import dispatch
+    from bert_fused import fallback
 
-    monkeypatch.setattr(dispatch, "INTERPRETER_DTYPES", (torch.float16, torch.float32))
+    monkeypatch.setattr(fallback, "INTERPRETER_DTYPES", (torch.float16, torch.float32))
     leaves = tensors(3, dtype=torch.bfloat16)
     assert torch.equal(linear_act(*leaves), reference.linear_act(*leaves, "gelu"))
     assert launches == []
@@ -410,31 +410,31 @@ def test_interpreted_bfloat16_is_left_to_pytorch_where_it_was_not_repaired(monke
     ("capability", "reason"), [((7, 5), "sm_75 is older than sm_80"), ((8, 0), None), ((9, 0), None), ((12, 0), None)]
 )
 def test_which_gpus_have_kernels(capability, reason, monkeypatch) -> None:
-    from bert_fused import dispatch
+    from bert_fused import fallback
     from bert_fused.kernels import runtime
 
     runtime._arch_of_index.cache_clear()
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     try:
-        assert dispatch.device_reason(torch.device("cuda", 0), torch.bfloat16) == reason
+        assert fallback.device_reason(torch.device("cuda", 0), torch.bfloat16) == reason
     finally:
         runtime._arch_of_index.cache_clear()
 
 
 def test_rocm_has_no_kernels(monkeypatch) -> None:
     """ROCm's devices are called cuda as well, and some have a capability past 8.0."""
-    from bert_fused import dispatch
+    from bert_fused import fallback
     from bert_fused.kernels import runtime
 
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
-    assert dispatch.device_reason(torch.device("cuda", 0), torch.bfloat16) == "ROCm is not supported"
+    assert fallback.device_reason(torch.device("cuda", 0), torch.bfloat16) == "ROCm is not supported"
 
 
 def test_a_fallback_is_logged_once(caplog) -> None:
-    from bert_fused.dispatch import log_once
+    from bert_fused.fallback import log_once
 
     for _ in range(2):
         log_once("a reason for this test")
@@ -486,9 +486,9 @@ def test_one_graph_serves_all_rows() -> None:
 def test_dynamo_is_kept_from_eager_modes_questions(monkeypatch) -> None:
     """Dynamo takes a transform for active whenever it is asked, so that the answers that it cannot trace are never
     reached. A Dynamo that knows better must not come to them either."""
-    from bert_fused import dispatch
+    from bert_fused import fallback
 
-    monkeypatch.setattr(dispatch, "_peek_interpreter_stack", lambda: None)
+    monkeypatch.setattr(fallback, "_peek_interpreter_stack", lambda: None)
     torch._dynamo.reset()
     x, weight, bias = tensors(3)
     compiled = torch.compile(linear_act, backend="eager", fullgraph=True)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bert_fused import trials, tune
 from bert_fused.__main__ import main
+from bert_fused.cli import tune
 from bert_fused.kernels.configs import Config, forget_tables, load_user_table
-from bert_fused.trials import Trials
-from bert_fused.tuning import EAGER, Budget, GpuUnusable, Outcome, Refused, Shape, first_run, tune_shape
+from bert_fused.tune import trials
+from bert_fused.tune.search import EAGER, Budget, GpuUnusable, Outcome, Refused, Shape, first_run, tune_shape
+from bert_fused.tune.trials import Trials
 
 CPU = torch.device("cpu")
 SHAPE = Shape(24, 64, 32, "float16")
@@ -130,7 +131,7 @@ def test_what_was_measured_here_is_tried_here(monkeypatch: pytest.MonkeyPatch) -
 def test_a_hang_does_not_count_as_a_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else 30 s of waiting would end a run that has 60 s left."""
     now = [1000.0]
-    monkeypatch.setattr("bert_fused.tuning.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("bert_fused.tune.search.time.monotonic", lambda: now[0])
 
     def trial(shape: Shape, config: Config, training: bool) -> None:
         now[0] += 30.0 if config == HANGS else 0.0

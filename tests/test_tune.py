@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from bert_fused import shapes, tune, tuning
 from bert_fused.__main__ import main
+from bert_fused.cli import tune
 from bert_fused.kernels import configs, user_tables
 from bert_fused.kernels import linear_act as launcher
-from bert_fused.kernels.candidates import candidates
 from bert_fused.kernels.configs import Config, Entry, Measured, forget_tables, get_config, load_user_table, parse_rows
 from bert_fused.timing import Call, Sampler, ratio
-from bert_fused.tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, Shape, pick, tune_shape
+from bert_fused.tune import search, shapes
+from bert_fused.tune.candidates import candidates
+from bert_fused.tune.search import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, Shape, pick, tune_shape
 
 CPU = torch.device("cpu")
 NAME = "NVIDIA Stub GPU"
@@ -92,7 +93,7 @@ def test_the_hopeless_are_given_up_early() -> None:
     assert outcome.hopeless == 1
     assert outcome.times.keys() == times(eager=0, library=0, small=0, large=0).keys()
     assert stub.samples[str(MIDDLE)] == 3
-    assert set(stub.samples.values()) == {3, 3 + 1 + tuning.ROUNDS}
+    assert set(stub.samples.values()) == {3, 3 + 1 + search.ROUNDS}
 
 
 def test_the_hopeless_free_their_memory_at_once() -> None:
@@ -202,7 +203,7 @@ def test_a_broken_gpu_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     failed: dict[str, str] = {}
     with (
         pytest.raises(GpuUnusable, match="after a tile the GPU can do no more: an illegal"),
-        tuning._recording(failed, "a tile", torch.device("cuda", 0)),
+        search._recording(failed, "a tile", torch.device("cuda", 0)),
     ):
         broken()
 
@@ -219,7 +220,7 @@ def test_tf32_is_measured_as_such() -> None:
     assert tune_shape(shape, [], CPU, budget=Budget(UNHURRIED), sampler_of=sampler_of).config.dtype == "tf32"
     assert seen == {("tf32", torch.float32)}
     assert torch.backends.cuda.matmul.fp32_precision == before
-    x, weight, _ = tuning.make_buffers(shape, CPU)[0]
+    x, weight, _ = search.make_buffers(shape, CPU)[0]
     for tensor in (x, weight):
         assert torch.equal(tensor, tensor.bfloat16().float())
 
@@ -282,7 +283,7 @@ class Clock:
         def slow_check(*arguments: Any) -> None:
             self.now += 3
 
-        monkeypatch.setattr(tuning, "check", slow_check)
+        monkeypatch.setattr(search, "check", slow_check)
 
     def sampler_of(self, stub: Stub) -> Callable[[Sequence[Call]], Sampler]:
         def make(calls: Sequence[Call]) -> Sampler:
@@ -433,14 +434,14 @@ def test_interrupted(stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_out_of_memory_costs_one_shape(stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    honest = tuning.make_buffers
+    honest = search.make_buffers
 
     def small_gpu(shape: Shape, device: torch.device) -> Any:
         if shape.M == 24:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return honest(shape, device)
 
-    monkeypatch.setattr(tuning, "make_buffers", small_gpu)
+    monkeypatch.setattr(search, "make_buffers", small_gpu)
     assert main(ARGUMENTS) == 0
     assert "24x64x32         not measured: out of memory" in capsys.readouterr().out
     assert [entry.m for entry in load_user_table(0, NAME)] == [8]
@@ -587,7 +588,7 @@ def test_shapes_of_models() -> None:
 
 
 def test_info_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from bert_fused import info
+    from bert_fused.cli import info
 
     assert main(["info", "--arch", "90", "--shapes", "512x3072x768,300x3072x770"]) == 0
     out = capsys.readouterr().out

@@ -4,17 +4,16 @@ A module is fused by assigning its ``__class__``: parameters, hooks, keys and id
 """
 
 import contextlib
-import importlib
-import importlib.util
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Literal
 
 from torch import nn
 
-from .blocks import lookalike_reason
+from ..unpad import encoder, hooks
+from . import modules
+from .recognize import lookalike_reason
 
 _lock = threading.Lock()
 
@@ -110,9 +109,7 @@ def unfuse(model: nn.Module) -> None:
     """
     _check(model)
     _restore(model.modules())
-    readers = _readers()
-    if readers is not None:
-        readers.stop_listening(model.modules())
+    hooks.remove_hooks(model.modules())
 
 
 @contextlib.contextmanager
@@ -138,18 +135,18 @@ def fused(
     finally:
         _restore(change.module for change in fused_now)
         for change in fused_now:
-            if change.place is not None:
-                _readers().stop_listening(module for module, _ in change.place.listeners)
+            if change.site is not None:
+                hooks.remove_hooks(module for module, _ in change.site.hooked)
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A module, the class it is to have, and its options. place: where an encoder is (``readers.Place``)."""
+    """A module, the class it is to have, and its options. site: where an encoder is (``hooks.EncoderSite``)."""
 
     module: nn.Module
     kind: type[nn.Module]
     options: dict[str, Any]
-    place: Any = None
+    site: hooks.EncoderSite | None = None
 
 
 def _apply(changes: Iterable[_Change]) -> None:
@@ -159,12 +156,12 @@ def _apply(changes: Iterable[_Change]) -> None:
                 change.module.__dict__.pop(name, None)
             change.module.__dict__.update(change.options)
             change.module.__class__ = change.kind
-            if change.place is None:
+            if change.site is None:
                 continue
             if change.options:
-                _readers().listen(change.place)
+                hooks.add_hooks(change.site)
             else:
-                _readers().stop_listening(module for module, _ in change.place.listeners)
+                hooks.remove_hooks(module for module, _ in change.site.hooked)
 
 
 @dataclass
@@ -186,22 +183,18 @@ class _Plan:
 def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
     """The report, and what is to change in modules that are not fused yet and in those that are."""
     _check(model)
-    modules, readers = _modules(), _readers()
-    if modules is None:
-        return FuseReport((), {"": "transformers is not installed"}), [], []
-
     plan = _Plan()
-    places = list(readers.places(model)) if readers is not None else []
-    unread = {id(place.pooler) for place in places if place.head is None and options.skip_pooler}
+    encoder_sites = list(hooks.encoder_sites(model))
+    unread = {id(site.pooler) for site in encoder_sites if site.head is None and options.skip_pooler}
     with _lock:
         matched_by_name = _names_others_match(model)
         _plan_blocks(plan, model, options, matched_by_name, unread)
         skipped_poolers = {id(change.module) for change in (*plan.now, *plan.before) if "skip" in change.options}
-        for place in places:
-            pools = place.pooler is not None and id(place.pooler) not in skipped_poolers
-            _plan_encoder(plan, place, options, matched_by_name, pools)
+        for site in encoder_sites:
+            pools = site.pooler is not None and id(site.pooler) not in skipped_poolers
+            _plan_encoder(plan, site, options, matched_by_name, pools)
     holds_no = f"{type(model).__name__} holds no"
-    if (options.unpad or options.cls_only) and not places:
+    if (options.unpad or options.cls_only) and not encoder_sites:
         families = "bert, roberta, xlm-roberta, camembert, electra"
         plan.skipped[""] = f"{holds_no} whole model of the families {families}, so no encoder is fused"
     elif not plan.fused and not plan.skipped:
@@ -211,7 +204,6 @@ def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change]
 
 def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
     """Blocks. unread: ids of the poolers to skip."""
-    modules: Any = _modules()
     for name, module in model.named_modules():
         already, wrapped = modules.original_class(module), modules.wrapped_class(module)
         target = modules.fused_class(already or wrapped or type(module))
@@ -236,29 +228,31 @@ def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_nam
         plan.fuse(name, path, _Change(module, target if wrapped is None else type(module), settings), already)
 
 
-def _plan_encoder(plan: _Plan, place: Any, options: Options, matched_by_name: set[str], pools: bool) -> None:
-    """An encoder at a ``readers.Place``. pools: a pooler reads its result."""
-    modules: Any = _modules()
-    already = modules.original_class(place.encoder)
-    settings, does, reason = _readers().settings(place, options.unpad, options.cls_only, pools)
-    if settings and type(place.encoder).__name__ in matched_by_name:
+def _plan_encoder(
+    plan: _Plan, site: hooks.EncoderSite, options: Options, matched_by_name: set[str], pools: bool
+) -> None:
+    """An encoder at a ``hooks.EncoderSite``. pools: a pooler reads its result."""
+    already = modules.original_class(site.encoder)
+    settings, does, reason = hooks.settings(site, options.unpad, options.cls_only, pools)
+    if settings and type(site.encoder).__name__ in matched_by_name:
         settings, reason = {}, _MATCHED_BY_NAME
     if settings or already:
         # Also of layers that were swapped before and are no longer where they were.
-        was = {a: modules.original_class(a) for a in place.encoder.modules() if _readers().is_fused_attention(a)}
+        fused = [module for module in site.encoder.modules() if encoder.is_fused_attention(module)]
+        was = {module: kind for module in fused if (kind := modules.original_class(module)) is not None}
         plan.before += [_Change(attention, original, {}) for attention, original in was.items()]
     if settings:
-        for attention in _readers().attentions_of(place.encoder):
+        for attention in encoder.attentions_of(site.encoder):
             target = modules.fused_encoder_class(was.get(attention) or type(attention))
             (plan.before if attention in was else plan.now).append(_Change(attention, target, {}))
-        target = modules.fused_encoder_class(already or type(place.encoder))
-        plan.fuse(place.name, does, _Change(place.encoder, target, settings, place), already)
+        target = modules.fused_encoder_class(already or type(site.encoder))
+        plan.fuse(site.name, does, _Change(site.encoder, target, settings, site), already)
         return
     if reason is not None:
-        plan.skipped[place.name] = reason
+        plan.skipped[site.name] = reason
     if already:
-        kind = type(place.encoder) if modules.wrapped_class(place.encoder) else already
-        plan.before.append(_Change(place.encoder, kind, {}, place))
+        kind = type(site.encoder) if modules.wrapped_class(site.encoder) else already
+        plan.before.append(_Change(site.encoder, kind, {}, site))
 
 
 def _names_others_match(model: nn.Module) -> set[str]:
@@ -272,8 +266,7 @@ def _names_others_match(model: nn.Module) -> set[str]:
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuse within a ``with`` block, then fuse the same modules again."""
-    modules = _modules()
-    was_fused = [module for module in model.modules() if modules and modules.original_class(module)]
+    was_fused = [module for module in model.modules() if modules.original_class(module)]
     before = [_Change(module, type(module), _options_of(module)) for module in was_fused]
     _restore(was_fused)
     try:
@@ -287,9 +280,6 @@ def _options_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _restore(candidates: Iterable[nn.Module]) -> None:
-    modules = _modules()
-    if modules is None:
-        return
     candidates = list(candidates)
     with _lock:
         for module in candidates:
@@ -303,20 +293,6 @@ def _restore(candidates: Iterable[nn.Module]) -> None:
                 module.__class__ = original
                 for name in _OPTIONS:
                     module.__dict__.pop(name, None)
-
-
-def _modules() -> ModuleType | None:
-    """``bert_fused.modules``, or None where transformers is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    return importlib.import_module("bert_fused.modules")
-
-
-def _readers() -> Any:
-    """``bert_fused.readers``, or None without transformers or with one whose models capture outputs in another way."""
-    if _modules() is None or importlib.util.find_spec("transformers.utils.output_capturing") is None:
-        return None
-    return importlib.import_module("bert_fused.readers")
 
 
 def _check(model: nn.Module) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .kernels.configs import Config
-from .tuning import GpuUnusable, Refused, Shape, first_run, in_one_line
+from ..kernels.configs import Config
+from .search import GpuUnusable, Refused, Shape, first_run, in_one_line
 
 # Seconds for a candidate, which compiles for some, and for a child to import torch and find the GPU.
 LIMIT = 30.0

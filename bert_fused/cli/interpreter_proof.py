@@ -1,8 +1,8 @@
 """The Triton kernels on activations from a file, in Triton's interpreter, against fp64. Used by the demo.
 
-``TRITON_INTERPRET=1 python -m bert_fused.interpreter_proof FILE``; FILE is a safetensors file that holds x, weight and
-bias of an intermediate and a pooler module in fp32. Prints a JSON list; exits with 1 if an error is over the promised
-bound.
+``TRITON_INTERPRET=1 python -m bert_fused.cli.interpreter_proof FILE``; FILE is a safetensors file that holds x, weight
+and bias of an intermediate and a pooler module in fp32. Prints a JSON list; exits with 1 if an error is over the
+promised bound.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .kernels.linear_act import linear_act_fwd
-from .reference import error_bound, linear_act
+from ..kernels.linear_act import linear_act_fwd
+from ..reference import error_bound, linear_act
 
 
 def main(path: Path) -> int:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .command import CommandError, Tokenizer
+from .common import CommandError, Tokenizer
 
 
 def docstrings(limit: int) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .fusion import fused, unfused
+from ..unpad.hooks import argument, reads_of
+from .fuse import fused, unfused
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,12 @@ def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """The real tokens, bool ``[B, S]``, if the model leaves out the others."""
     if not any(getattr(module, "unpad", False) for module in model.modules()):
         return None
-    from .readers import argument
-
     mask = argument(model, "attention_mask", args, kwargs)
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _scores_tokens(model: nn.Module) -> bool:
     """Whether logits ``[B, S]`` are one for each token, and not one for each of S labels."""
-    from .readers import reads_of
-
     return reads_of(model) == "tokens"
 
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .genuine import class_is_patched, is_defined_in
+from ..guards import class_is_patched, is_defined_in
 
 # Chains with a linear layer and its activation, by the method that they are in. What follows the two stays as it is.
 _CHAINS = {
@@ -115,8 +116,6 @@ def _is_block_class(kind: type) -> bool:
     """Whether a class is one of a model's file, and not a whole model: those are found by their class."""
     if not _HOME.fullmatch(kind.__module__) or vars(sys.modules[kind.__module__]).get(kind.__name__) is not kind:
         return False
-    from transformers import PreTrainedModel
-
     return not issubclass(kind, PreTrainedModel)
 
 

@@ -1,7 +1,7 @@
 """The fused encoder: no work on padding, and no last-layer rows that nobody reads. Needs transformers.
 
 Hugging Face's encoder is given the mask that its attention wants, not the caller's, and does not know who reads its
-result. Both come as a ``Request``, which hooks put among the keyword arguments on their way down (``readers.py``).
+result. Both come as a ``Request``, which hooks put among the keyword arguments on their way down (``hooks.py``).
 
 Hugging Face's own encoder and layers then run, on packed rows ``[1, T, H]``. In the place of an attention mask they
 hand an ``EncoderMask`` down to the self-attention, which is of a class of ours. Where only position 0 is read, the last
@@ -20,9 +20,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from .dispatch import logger, reading_reason
-from .genuine import arguments, class_is_patched, is_defined_in, signature_of, watch_reason
+from ..fallback import logger, reading_reason
+from ..guards import arguments, class_is_patched, is_defined_in, signature_of, watch_reason
 from .packing import Packing, kept, packing_of
+
+# One architecture under five names: the module of transformers that defines it -> what its classes' names begin with.
+PREFIXES = {
+    f"transformers.models.{family}.modeling_{family}": prefix
+    for family, prefix in (
+        ("bert", "Bert"),
+        ("roberta", "Roberta"),
+        ("xlm_roberta", "XLMRoberta"),
+        ("camembert", "Camembert"),
+        ("electra", "Electra"),
+    )
+}
 
 CLSOnly = bool | Literal["auto"]
 

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from . import shapes as bert
-from .command import CommandError
-from .dispatch import device_reason, interpreted
-from .kernels import replay, user_tables
-from .kernels.candidates import candidates
-from .kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
-from .timing import graph_sampler
-from .trials import Trials
-from .tuning import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, Trial, tune_shape
+from ..fallback import device_reason, interpreted
+from ..kernels import replay, user_tables
+from ..kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
+from ..timing import graph_sampler
+from ..tune import shapes as bert
+from ..tune.candidates import candidates
+from ..tune.search import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, Trial, tune_shape
+from ..tune.trials import Trials
+from .common import CommandError
 
 HELP = "measure this GPU once, and prefer what is fastest from then on"
 EXAMPLES = """examples:
@@ -92,7 +92,7 @@ def find_gpu(name: str) -> Gpu:
         reason = "TRITON_INTERPRET is set"
     if reason is not None:
         raise CommandError(f"no kernel runs on this GPU: {reason}")
-    from .kernels.runtime import arch_of, name_of
+    from ..kernels.runtime import arch_of, name_of
 
     torch.cuda.set_device(device)
     return Gpu(device, name_of(device), arch_of(device))
@@ -255,7 +255,7 @@ def versions() -> str:
 
 def commit() -> str:
     """This package's commit ($COMMIT, or of its checkout), else its version."""
-    from . import __version__
+    from .. import __version__
 
     root = Path(__file__).resolve().parent.parent
     found = os.environ.get("COMMIT", "")

@@ -1,4 +1,4 @@
-"""BERT's two dense blocks as layers for Hugging Face's Kernel Hub; ``hub.py`` copies this file as ``layers.py``.
+"""BERT's two dense blocks as layers for Hugging Face's Kernel Hub; ``build.py`` copies this file.
 
 A layer has no state: ``kernelize`` puts its ``forward`` onto a module of transformers. Whatever is not a plain linear
 layer with exact GELU or tanh computes what the module itself would.
@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .genuine import hook_reason
+from .guards import hook_reason
 from .ops import cls_pool, linear_act
 
 

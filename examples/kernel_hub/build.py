@@ -1,4 +1,5 @@
-"""The fused blocks in Hugging Face's Kernel Hub layout: ``python -m bert_fused.hub FOLDER`` writes ``FOLDER/build``.
+"""The fused blocks in Hugging Face's Kernel Hub layout: ``python examples/kernel_hub/build.py FOLDER`` writes
+``FOLDER/build``.
 
 The files are copies of this package's own, which import each other relatively. Operators get a name of their own, so
 that the layers and an installed bert_fused can be loaded by one process. The Hub's own package is not needed here.
@@ -13,11 +14,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COPIED = {
-    "hub_layers.py": "layers.py",
-    **{name: name for name in ("dispatch.py", "genuine.py", "ops.py", "reference.py")},
-}
-INIT = '''"""BERT's dense blocks as single Triton kernels, for Hugging Face's kernelize. Made by bert_fused.hub."""
+PACKAGE = HERE.parent.parent / "bert_fused"
+COPIED = ("fallback.py", "guards.py", "ops.py", "reference.py")
+INIT = '''"""BERT's dense blocks as single Triton kernels, for Hugging Face's kernelize. Made by bert_fused."""
 
 from . import layers
 from .ops import cls_pool, linear_act
@@ -34,10 +33,11 @@ def build(folder: Path, backends: tuple[str, ...] = ("cuda",)) -> list[Path]:
     Returns:
         The variants' folders.
     """
-    files = {"__init__.py": INIT} | {name: (HERE / source).read_text() for source, name in COPIED.items()}
-    for path in sorted((HERE / "kernels").rglob("*")):
+    files = {"__init__.py": INIT, "layers.py": (HERE / "layers.py").read_text()}
+    files |= {name: (PACKAGE / name).read_text() for name in COPIED}
+    for path in sorted((PACKAGE / "kernels").rglob("*")):
         if path.suffix in (".py", ".json"):
-            files[path.relative_to(HERE).as_posix()] = path.read_text()
+            files[path.relative_to(PACKAGE).as_posix()] = path.read_text()
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
     variants = []
     for backend in backends:
@@ -58,13 +58,13 @@ def build(folder: Path, backends: tuple[str, ...] = ("cuda",)) -> list[Path]:
             "backend": {"type": backend},
         }
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-        shutil.copyfile(HERE / "py.typed", variant / "py.typed")
+        shutil.copyfile(PACKAGE / "py.typed", variant / "py.typed")
         variants.append(variant)
     return variants
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bert_fused.hub", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python examples/kernel_hub/build.py", description=__doc__)
     parser.add_argument("folder", type=Path, help="the repository to be")
     parser.add_argument("--backends", nargs="+", choices=("cuda", "cpu"), default=["cuda"], help="default cuda")
     arguments = parser.parse_args(argv)

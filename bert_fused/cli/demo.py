@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .command import (
+import bert_fused
+
+from ..fallback import device_reason
+from .common import (
     DTYPES,
     CommandError,
     Tokenizer,
@@ -33,10 +36,7 @@ from .command import (
     reasons,
     require,
 )
-from .dispatch import device_reason
-from .fusion import fused
-from .samples import docstrings, tokenize
-from .verification import verify
+from .sample_inputs import docstrings, tokenize
 
 HELP = "a real model on real text: fused against unfused"
 EXAMPLES = """examples:
@@ -106,12 +106,12 @@ def _demo(arguments: argparse.Namespace) -> dict[str, Any]:
         _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
         unfused_embeddings, unfused_seconds = embed("unfused")
     sample = tokenize(tokenizer, list(texts[:4]), device, max_tokens=16)
-    with fused(model) as report:
+    with bert_fused.fused(model) as report:
         if not report.fused:
             raise CommandError(f"nothing in {folder} can be fused: {reasons(report.skipped)}")
         _embed(model, tokenizer, list(texts[:BATCH]), "warm-up")
         fused_embeddings, fused_seconds = embed("fused")
-        verification = verify(model, **sample)
+        verification = bert_fused.verify(model, **sample)
     print(f"\n{report}\n")
 
     error = float((fused_embeddings - unfused_embeddings).abs().max())
@@ -195,7 +195,7 @@ def _unpad(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
     """One batch with its padding and, fused with ``unpad``, without: how far real tokens are apart, and the times."""
     real = batch["attention_mask"].bool()
     padded, seconds = _timed(model, batch)
-    with fused(model, unpad=True) as report:
+    with bert_fused.fused(model, unpad=True) as report:
         unpadded, fewer = _timed(model, batch)
     fill = float(real.float().mean())
     print(f"\n{len(real)} docstrings in one batch, not sorted by length: {fill:.0%} tokens, the rest is padding")
@@ -244,13 +244,14 @@ def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
         return [], True
     from safetensors.torch import save_file
 
-    from . import blocks
+    from ..hf import recognize
 
     tensors: dict[str, Tensor] = {}
     hooks = []
     for module in model.modules():
         kind = "pooler" if type(module).__name__.endswith("Pooler") else "intermediate"
-        if blocks.block_of(type(module)) not in (blocks.INTERMEDIATE, blocks.POOLER) or f"{kind}.weight" in tensors:
+        block = recognize.block_of(type(module))
+        if block not in (recognize.INTERMEDIATE, recognize.POOLER) or f"{kind}.weight" in tensors:
             continue
         dense = getattr(module, "dense", None)
         if not isinstance(dense, nn.Linear) or dense.bias is None:
@@ -273,7 +274,7 @@ def _prove_in_interpreter(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
         path = Path(folder, "activations.safetensors")
         save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "bert_fused.interpreter_proof", str(path)]
+        command = [sys.executable, "-m", "bert_fused.cli.interpreter_proof", str(path)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     proofs: list[dict[str, Any]] = json.loads(done.stdout or "[]")
     for proof in proofs:

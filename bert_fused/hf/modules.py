@@ -17,17 +17,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations as hf
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
-from .blocks import INTERMEDIATE, POOLER, Block, block_of, formula_of
-from .dispatch import device_reason, interpreted, tensor_reason
-from .families import PREFIXES
-from .genuine import class_is_patched, forwards, hook_reason, is_defined_in
-from .ops import cls_pool, linear_act
+from ..fallback import device_reason, interpreted, tensor_reason
+from ..guards import class_is_patched, forwards, hook_reason, is_defined_in
+from ..ops import cls_pool, linear_act
+from ..unpad.encoder import PREFIXES, FusedAttention, FusedEncoder, FusedSelfAttention
+from .recognize import INTERMEDIATE, POOLER, Block, block_of, formula_of
 
-# The classes of the five families that are swapped with an encoder's, and where they come from.
-_ENCODER_CLASSES = {
-    f"{prefix}{part}": (home, part)
+# The classes of the five families that are swapped with an encoder: name -> where it comes from, what is mixed in.
+_ENCODER_CLASSES: dict[str, tuple[str, type[nn.Module]]] = {
+    f"{prefix}{part}": (home, mixin)
     for home, prefix in PREFIXES.items()
-    for part in ("Encoder", "SelfAttention", "Attention")
+    for part, mixin in (("Encoder", FusedEncoder), ("SelfAttention", FusedSelfAttention), ("Attention", FusedAttention))
 }
 
 # Otherwise not even the question what serves a call, some microseconds, is asked for a CPU's tensors.
@@ -310,15 +310,12 @@ def fused_class(original: type) -> Any:
 
 def fused_encoder_class(original: type) -> Any:
     """The same for an encoder of the five families, and for its attentions."""
-    home, part = _ENCODER_CLASSES.get(original.__name__, ("", ""))
+    home, mixin = _ENCODER_CLASSES.get(original.__name__, ("", nn.Module))
     if home != original.__module__:
         return None
     if original not in _counterparts:
-        # Imported here because it needs parts of transformers that the fused modules do without.
-        from . import encoder
-
         doc = f"``{original.__name__}`` without work that nobody reads."
-        _make(original, (vars(encoder)[f"Fused{part}"],), {"block": None, "__doc__": doc})
+        _make(original, (mixin,), {"block": None, "__doc__": doc})
     return _counterparts[original]
 
 

@@ -23,21 +23,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..guards import arguments, class_is_patched, signature_of, watch_reason
 from .encoder import (
+    PREFIXES,
     REQUEST,
     CLSOnly,
     FusedEncoder,
     Request,
-    attentions_of,
     classes_reason,
-    is_fused_attention,
     layers_reason,
     rows_reason,
 )
-from .families import PREFIXES
-from .genuine import arguments, class_is_patched, signature_of, watch_reason
-
-__all__ = ["attentions_of", "is_fused_attention"]  # what fusion.py looks for here as well
 
 # "first": position 0, through the pooler or a classification head. "watched": the same, while somebody's hooks see the
 # rest. "tokens": every position, each for itself, so that what is at padding stays there. "all": padding too has a say
@@ -61,18 +57,18 @@ _IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
-class Place:
+class EncoderSite:
     """An encoder in a model.
 
     name: as in ``model.named_modules()``. base: the model that holds it. head: the model with a head around that one.
-    listeners: each module that passes a call on, and the hook it needs. reason: why the encoder must be left alone.
+    hooked: each module that passes a call on, and the hook it needs. reason: why the encoder must be left alone.
     """
 
     name: str
     encoder: nn.Module
     base: nn.Module
     head: nn.Module | None
-    listeners: tuple[tuple[nn.Module, Callable[..., Any]], ...]
+    hooked: tuple[tuple[nn.Module, Callable[..., Any]], ...]
     reason: str | None
 
     @property
@@ -80,7 +76,7 @@ class Place:
         return getattr(self.base, "pooler", None)
 
 
-def places(model: nn.Module) -> Iterator[Place]:
+def encoder_sites(model: nn.Module) -> Iterator[EncoderSite]:
     """Every encoder of a supported family in ``model`` whose model is in there as well."""
     modules = dict(model.named_modules())
     for name, base in modules.items():
@@ -89,13 +85,13 @@ def places(model: nn.Module) -> Iterator[Place]:
         above = [modules[outer] for outer in _outer(name)]
         heads = [module for module in above if isinstance(module, PreTrainedModel)]
         head = heads[0] if heads else None
-        listeners: list[tuple[nn.Module, Callable[..., Any]]] = [(base, tell_of_base)]
+        hooked: list[tuple[nn.Module, Callable[..., Any]]] = [(base, base_pre_hook)]
         if head is not None:
-            listeners.append((head, tell_of_head))
-        listeners += [(module, tell_of_sentence_transformer) for module in above if _wrapped(module) is not None]
+            hooked.append((head, head_pre_hook))
+        hooked += [(module, sentence_transformer_pre_hook) for module in above if _wrapped(module) is not None]
         encoder = cast(nn.Module, base.encoder)
         reason = _reason(base, heads) or _bypass_reason(above)
-        yield Place(f"{name}.encoder" if name else "encoder", encoder, base, head, tuple(listeners), reason)
+        yield EncoderSite(f"{name}.encoder" if name else "encoder", encoder, base, head, tuple(hooked), reason)
 
 
 def _outer(name: str) -> list[str]:
@@ -152,18 +148,18 @@ def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
     return classes_reason(base)
 
 
-def settings(place: Place, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[dict[str, Any], str, str | None]:
+def settings(site: EncoderSite, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[dict[str, Any], str, str | None]:
     """Which options apply to an encoder: its attributes and what it does in words, or why it is left alone.
 
     pools: whether there is a pooler that will not be skipped.
     """
     if not unpad and not cls_only:
         return {}, "", None
-    reason = place.reason or layers_reason(place.encoder, swapped=False)
+    reason = site.reason or layers_reason(site.encoder, swapped=False)
     if reason is not None:
         return {}, "", reason
-    reads = reads_of(place.head) if place.head is not None else None
-    reader = type(place.head or place.base).__name__
+    reads = reads_of(site.head) if site.head is not None else None
+    reader = type(site.head or site.base).__name__
     granted: dict[str, Any] = {}
     does = []
     if unpad:
@@ -180,21 +176,21 @@ def settings(place: Place, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple
         does.append(f"the last layer for position 0 only, inside {reader}" + ", in eval mode" * (cls_only == "auto"))
     if not granted:
         return {}, "", does[0]
-    if place.head is not None:
+    if site.head is not None:
         granted["under_head"] = True
     else:
         does.append("dense where a model of transformers calls it")
     return granted, "; ".join(does), None
 
 
-def listen(place: Place) -> None:
+def add_hooks(site: EncoderSite) -> None:
     """Give every module on the way to an encoder its hook, once."""
-    for module, hook in place.listeners:
+    for module, hook in site.hooked:
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def stop_listening(modules: Iterable[nn.Module]) -> None:
+def remove_hooks(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook in OURS:
@@ -260,11 +256,11 @@ def _base_of(head: nn.Module) -> nn.Module | None:
     return base if _known(base) == "Model" else None
 
 
-def tell_of_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+def base_pre_hook(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Forward pre-hook of a model without a head: make the request, from the caller's mask and what a head reads."""
     if kwargs is None:
         return None
-    if _known(base) != "Model" or not _is_last(base, tell_of_base) or isinstance(kwargs.get(REQUEST), Request):
+    if _known(base) != "Model" or not _is_last(base, base_pre_hook) or isinstance(kwargs.get(REQUEST), Request):
         return None
     kwargs = dict(kwargs)
     head_reads = kwargs.pop(REQUEST, None)
@@ -294,18 +290,18 @@ def _model_on_the_stack(base: nn.Module) -> bool:
     return False
 
 
-def tell_of_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Forward pre-hook of a model with a head: say what it reads. ``tell_of_base`` makes a request of it."""
+def head_pre_hook(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """Forward pre-hook of a model with a head: say what it reads. ``base_pre_hook`` makes a request of it."""
     if kwargs is None:
         return None
     base = _base_of(head)
-    if base is None or not isinstance(base.encoder, FusedEncoder) or not _is_last(head, tell_of_head):
+    if base is None or not isinstance(base.encoder, FusedEncoder) or not _is_last(head, head_pre_hook):
         return None
     labels = argument(head, "labels", args, kwargs)
     return args, kwargs | {REQUEST: _reads_now(head, labels, argument(head, "attention_mask", args, kwargs))}
 
 
-def tell_of_sentence_transformer(
+def sentence_transformer_pre_hook(
     wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> Any:
     """The same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
@@ -325,7 +321,7 @@ def tell_of_sentence_transformer(
     return args, kwargs | {REQUEST: _reads_now(model, None, mask)}
 
 
-OURS = (tell_of_base, tell_of_head, tell_of_sentence_transformer)
+OURS = (base_pre_hook, head_pre_hook, sentence_transformer_pre_hook)
 
 
 def _wrapped(module: nn.Module) -> Any:

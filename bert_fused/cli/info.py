@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .command import add_json, print_json
-from .dispatch import HAS_TRITON, KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
-from .kernels import user_tables
-from .kernels.configs import Entry, choose, load_table, load_user_table, shipped_table
-from .shapes import MODELS, Sizes, aligned, parse_shapes
+from ..fallback import HAS_TRITON, KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
+from ..kernels import user_tables
+from ..kernels.configs import Entry, choose, load_table, load_user_table, shipped_table
+from ..tune.shapes import MODELS, Sizes, aligned, parse_shapes
+from .common import add_json, print_json
 
 HELP = "versions, device, and which path each dtype and shape takes"
 EXAMPLES = """examples:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arch is None:
         dtypes = tuple(dtype for dtype, reason in reasons.items() if reason is None)
         if dtypes:
-            from .kernels.runtime import arch_of, name_of
+            from ..kernels.runtime import arch_of, name_of
 
             arch, gpu = arch_of(device), name_of(device)
     result: dict[str, Any] = {
@@ -87,7 +87,7 @@ def _launches() -> str:
     """How kernels would be launched by the installed Triton."""
     if not HAS_TRITON:
         return "none: Triton is not installed"
-    from .kernels import launch
+    from ..kernels import launch
 
     return "Triton's C launcher directly" if launch.LAUNCHER_IS_KNOWN else launch.SLOW_LAUNCHES
 

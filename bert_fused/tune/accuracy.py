@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .reference import error_bound, linear_act
+from ..reference import error_bound, linear_act
 
 LinearAct = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -26,7 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .command import (
+import bert_fused
+
+from ..fallback import device_reason
+from ..timing import Sampler, interleave, ratio, summarize, wall_sampler
+from .common import (
     DTYPES,
     CommandError,
     add_json,
@@ -38,11 +42,7 @@ from .command import (
     reasons,
     require,
 )
-from .dispatch import device_reason
-from .fusion import fused
-from .samples import docstrings, sample_for
-from .timing import Sampler, interleave, ratio, summarize, wall_sampler
-from .verification import compared, max_abs_error, outputs_of
+from .sample_inputs import docstrings, sample_for
 
 HELP = "your model: what can be fused, whether it computes the same, and what is gained here"
 EXAMPLES = """examples:
@@ -100,7 +100,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     device = device_of(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
     model, drawn = load_model(arguments.model, device, dtype, head=True)
-    with fused(model) as report:
+    with bert_fused.fused(model) as report:
         if not report.fused:
             raise CommandError(f"nothing in {arguments.model} can be fused: {reasons(report.skipped)}")
     tokenizer = load_tokenizer(arguments.model)
@@ -113,7 +113,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
 
     variants = []
     for options in _wishes(arguments):
-        with fused(model, **options) as report:
+        with bert_fused.fused(model, **options) as report:
             outputs = _differences(model, few, rounding)
         variants.append(
             {
@@ -157,6 +157,8 @@ def rounding_errors(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, fl
     Raises:
         CommandError: there is nothing to compare: its own results are not finite.
     """
+    from ..hf.verify import max_abs_error, outputs_of  # here, since --help needs no transformers
+
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "mps" else device  # has no float64
     exact_inputs = {
@@ -181,6 +183,8 @@ def rounding_errors(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, fl
 def _differences(
     model: nn.Module, inputs: dict[str, Tensor], explained: dict[str, float]
 ) -> dict[str, dict[str, float]]:
+    from ..hf.verify import compared, max_abs_error
+
     # JSON has no infinity.
     return {
         path: {"difference": min(max_abs_error(mine, other), sys.float_info.max), "explained": explained[path]}
@@ -222,7 +226,7 @@ def _sampler(model: nn.Module, inputs: dict[str, Tensor], options: dict[str, boo
     sample = wall_sampler([functools.partial(_forward, model, inputs)], synchronize)
 
     def fused_sample() -> float:
-        with contextlib.nullcontext() if options is None else fused(model, **options):
+        with contextlib.nullcontext() if options is None else bert_fused.fused(model, **options):
             return sample()
 
     return fused_sample

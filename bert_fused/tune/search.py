@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cli.common import CommandError
+from ..kernels.configs import Config
+from ..reference import linear_act
+from ..timing import Call, Sampler, buffer_count, graph_sampler, interleave, ratio, repeated, summarize
 from .accuracy import LinearAct, check
-from .command import CommandError
-from .kernels.configs import Config
-from .reference import linear_act
-from .timing import Call, Sampler, buffer_count, graph_sampler, interleave, ratio, repeated, summarize
 
 ROUNDS = 20
 MIN_ROUNDS = 5
@@ -217,7 +217,7 @@ def _rivals(shape: Shape, configs: Iterable[Config]) -> dict[str, LinearAct]:
 def _fused(
     x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, config: Config, save_preact: bool = False
 ) -> Tensor:
-    from .kernels.linear_act import linear_act_fwd
+    from ..kernels.linear_act import linear_act_fwd
 
     return linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)[0]
 
@@ -240,7 +240,7 @@ def check_config(config: Config, activation: str, x: Tensor, weight: Tensor, bia
     if not training:
         check(functools.partial(_fused, activation=activation, config=config), activation, x, weight, bias)
         return
-    from .kernels.linear_act import linear_act_fwd
+    from ..kernels.linear_act import linear_act_fwd
 
     def kept(which: int) -> LinearAct:
         def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Measure which configuration is fastest on this GPU."""

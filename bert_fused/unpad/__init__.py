@@ -1,0 +1,1 @@
+"""Encoders that compute nothing at padding and no last-layer rows that nobody reads. Needs transformers."""
