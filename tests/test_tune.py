@@ -277,7 +277,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         fake = types.SimpleNamespace(monotonic=lambda: self.now)
-        for module in ("tuning", "tune", "timing"):
+        for module in ("tune.search", "cli.tune", "timing"):
             monkeypatch.setattr(f"bert_fused.{module}.time", fake)
 
         def slow_check(*arguments: Any) -> None:
