@@ -33,11 +33,8 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
-        "SPLIT_K": config.split_k,
         "PERSISTENT": config.persistent > 0,
         "SUBTILES": config.subtiles,
-        "FLATTEN": config.flatten,
-        "WARP_SPECIALIZE": config.warp_specialize,
     }
     if rows == 1:
         constants["M"] = 1
@@ -95,8 +92,7 @@ def compile_kernel(
             return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
         if not name.endswith("_ptr"):
             return "i32"
-        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
+        return "*fp32" if name == "partial_ptr" else "*" + TRITON_DTYPES[dtype]
 
     names = kernel.arg_names
     source = ASTSource(

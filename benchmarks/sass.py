@@ -198,7 +198,7 @@ def shapes_served(config: Config, arch: int) -> list[tuple[int, int, int]]:
 
 def intended_blocks(config: Config, arch: int, shapes: list[tuple[int, int, int]]) -> int:
     """How many blocks share an SM where the cycle model ranked the configuration: as many as there are, or as fit."""
-    needed = max(-(-M // config.block_m) * -(-N // config.block_n) * config.split_k for M, N, _ in shapes)
+    needed = max(-(-M // config.block_m) * -(-N // config.block_n) for M, N, _ in shapes)
     modelled = min(resident_blocks(config, arch), -(-needed // chip_of(arch).sms))
     return RESIDENT_BLOCKS.get((arch, str(config)), modelled)
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from bert_fused.kernels import candidates as module
 from bert_fused.kernels.candidates import candidates, modelled_clocks, resident_blocks, shared_bytes
 from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config
 
@@ -54,13 +53,10 @@ def test_the_interpreter_is_offered_what_it_can_run() -> None:
     assert max(config.block_m * config.block_n for config in offered) <= 1024
 
 
-def test_variants_are_offered_where_they_can_pay() -> None:
+def test_persistent_blocks_are_offered_where_they_can_pay() -> None:
     def offered(M: int, N: int, K: int) -> list[Config]:
         return candidates(M, N, K, "bfloat16", 90)
 
-    assert {config.split_k for config in offered(1, 768, 768)} == {1, 2, 4}
-    assert {config.split_k for config in offered(1, 768, 384)} == {1}, "K too short"
-    assert {config.split_k for config in offered(4096, 768, 768)} == {1}, "tiles enough"
     assert any(config.persistent for config in offered(8192, 3072, 768))
     assert not any(config.persistent for config in offered(512, 768, 768)), "one tile a block"
     for config in offered(8192, 3072, 768):
@@ -68,7 +64,7 @@ def test_variants_are_offered_where_they_can_pay() -> None:
 
 
 def test_the_model_ranks_as_its_parts_say() -> None:
-    """More rows, more time; an exposed epilogue costs; splitting K costs a launch; a mostly empty tile wastes."""
+    """More rows, more time; an exposed epilogue costs; a mostly empty tile wastes."""
     tile = Config("tma", "bfloat16", 128, 128, 64, 4, 3)
 
     def clocks(config: Config, M: int, N: int = 3072, K: int = 768) -> float:
@@ -83,6 +79,4 @@ def test_the_model_ranks_as_its_parts_say() -> None:
     assert resident_blocks(one_block, 90) == 1
     assert clocks(tile, 8192) < clocks(one_block, 8192)
     narrow = Config("pointer", "bfloat16", 16, 32, 128, 4, 4)
-    split = dataclasses.replace(narrow, split_k=2)
-    assert clocks(split, 1) - clocks(narrow, 1) > module.LAUNCH / 2
     assert clocks(narrow, 8) < clocks(tile, 8)

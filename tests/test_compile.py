@@ -3,7 +3,6 @@
 Kernels in this process are interpreted, so compiling is left to others, without ``TRITON_INTERPRET``.
 """
 
-import itertools
 import json
 import os
 import re
@@ -224,40 +223,15 @@ print(json.dumps(rows))
 # bf16 has a tile of its own on sm_80; fp16's GELU has one instruction more, for sm_89's fewer registers.
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "bfloat16"), (89, "float16"), (90, "bfloat16"), (100, "bfloat16")])
 def test_candidates_compile_without_spills(arch: int, dtype: str) -> None:
-    """Whatever the tuner is offered, split, persistent and warp-specialized kernels included."""
+    """Whatever the tuner is offered, persistent kernels included."""
     rows = json.loads(run_compiler("-c", CANDIDATES_SCRIPT, str(arch), dtype).splitlines()[-1])
     assert len(rows) > 20
-    assert any("K in 2" in row["config"] for row in rows)
     assert any(row["persistent"] for row in rows) == (arch >= 90)
     for row in rows:
         assert row["spills"] == 0, row
         assert row["mma_instructions"] > 0, row
         assert row["estimate"] - 1024 <= row["shared_bytes"] <= row["estimate"], row
         assert row["ctas_per_sm"] >= max(row["persistent"], 1), row
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_partial_sums_are_published_before_they_are_counted(arch: int) -> None:
-    """The order that the kernel's memory argument rests on: store, barrier, counting at GPU scope, barrier, load."""
-    call = f"compile_linear(Config('pointer', 'bfloat16', 16, 32, 128, 4, 4, split_k=2), {arch}, activation='gelu')"
-    (kernel,) = compile_kernels(call)
-    # Ours, before the count: in the PTX another barrier, for shared memory, may happen to stand there.
-    found = re.findall(r"tt\.store|(?:ttg|gpu)\.barrier|tt\.atomic_rmw", kernel["ttir"])
-    counted = found.index("tt.atomic_rmw")
-    assert found[counted - 2 : counted] in (["tt.store", "ttg.barrier"], ["tt.store", "gpu.barrier"])
-    order = r"st\.global\.cg|ld\.global\.cg|bar\.sync|atom\.global\.gpu\.acq_rel\.add"
-    found = [step for step, _ in itertools.groupby(re.findall(order, kernel["ptx"]))]
-    counted = found.index("atom.global.gpu.acq_rel.add")
-    assert found[counted - 2 : counted + 2] == [
-        "st.global.cg",
-        "bar.sync",
-        "atom.global.gpu.acq_rel.add",
-        "bar.sync",
-    ]
-    assert found.count("atom.global.gpu.acq_rel.add") == 1
-    assert "st.global.cg" not in found[counted:]
-    assert found.count("st.global.cg") == found.count("ld.global.cg") == 1
-    assert "ld.global.cg" in found[counted:]
 
 
 def multiplications(ttir: str) -> list[str]:
@@ -267,9 +241,8 @@ def multiplications(ttir: str) -> list[str]:
 
 def test_row_offsets_have_64_bits() -> None:
     """Tensors pass 2^31 elements: only offsets inside a tile, guarded by MAX_N, may be 32-bit."""
-    forward, split, one_pass, backward = compile_kernels(
+    forward, one_pass, backward = compile_kernels(
         "compile_linear(Config('pointer', 'bfloat16', 64, 32, 64, 4, 3), 80, activation='gelu')",
-        "compile_linear(Config('pointer', 'bfloat16', 64, 32, 64, 4, 3, split_k=2), 80, activation='gelu')",
         "compile_pass('bfloat16', 80, activation='gelu')",
         "compile_grad('bfloat16', 80, activation='gelu')",
     )
@@ -278,8 +251,6 @@ def test_row_offsets_have_64_bits() -> None:
     assert types.count("tensor<1x32xi64>") == 1, "row of W times its stride"
     assert types.count("i64") == 1, "first row of the output tile times N"
     assert [t for t in types if t.endswith("xi32>")] == ["tensor<64x1xi32>"], "row inside the output tile times N"
-
-    assert multiplications(split["ttir"]).count("i64") == 2, "the same, and the tile times the size of its partial sums"
 
     assert multiplications(one_pass["ttir"]) == ["i64"]
 
