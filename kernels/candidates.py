@@ -81,7 +81,7 @@ def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
     shared memory. The order is the same in every process.
     """
     library = Config("library", dtype)
-    if arch != 0 and (dtype == "float32" or K == 0):
+    if K == 0 or (arch != 0 and dtype == "float32"):
         return [library]
     chosen = get_config(M, N, K, dtype, arch, aligned=True)
     if arch == 0:

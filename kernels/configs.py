@@ -268,19 +268,19 @@ def choose(
     """The configuration, and the table's entry it is from or the reason in words.
 
     cuBLAS serves where tiles would spill (unaligned rows, whose loads are narrow), where there are no tensor cores
-    (IEEE fp32), and K = 0, which no descriptor describes. Else the entry that is nearest in log M decides: one of this
+    (IEEE fp32), and K = 0, which no descriptor describes and the kernel does not expect. Else the entry that is nearest in log M decides: one of this
     very N and K if it is within a factor of ``REACH``, else one for any N and K.
     """
     library = functools.partial(Config, "library", dtype)
     if N > MAX_N or M > MAX_M:
         return library(), "too large for 32-bit offsets"
+    if K == 0:
+        return library(), "K is 0"
     if arch != 0:
         if dtype == "float32":
             return library(), "IEEE fp32 has no tensor cores"
         if not aligned:
             return library(), "rows are not on 16-byte boundaries"
-        if K == 0:
-            return library(), "K is 0"
     for entries, reach in _entries_for(N, K, dtype, arch, device):
         distance, entry = min(((abs(math.log2(max(M, 1) / entry.m)), entry) for entry in entries), key=itemgetter(0))
         if distance <= math.log2(reach):

@@ -87,11 +87,11 @@ def test_cublas_serves_what_tiles_would_spill_on(arch: int) -> None:
         assert get_config(512, 3072, 768, "float32", arch, aligned=aligned) == Config("library", "float32")
 
 
-@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("arch", [0, 80, 86, 90])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("M", [1, 4096])
 def test_cublas_serves_products_of_nothing(M: int, dtype: str, arch: int) -> None:
-    """No descriptor describes a matrix without columns."""
+    """No descriptor describes a matrix without columns, and the kernel assumes that there are some."""
     assert get_config(M, 3072, 0, dtype, arch, aligned=True) == Config("library", dtype)
 
 

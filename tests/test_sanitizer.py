@@ -79,7 +79,7 @@ def test_random_shapes_and_layouts(sanitized: Sanitizer, variant: str, case: int
 def random_linear(
     sanitized: Sanitizer, draw: random.Random, config: Config, dtype: torch.dtype, activation: str
 ) -> None:
-    M, N, K = draw.randint(1, 50), draw.randint(1, 70), draw.randint(0, 100)
+    M, N, K = draw.randint(1, 50), draw.randint(1, 70), draw.randint(1, 100)
     layouts = LAYOUTS
     if config.kernel == "tma":  # rows on 16-byte boundaries
         N, K, layouts = 8 * draw.randint(1, 9), 8 * draw.randint(1, 12), ("contiguous", "row_slice", "cls")
