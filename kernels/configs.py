@@ -268,8 +268,8 @@ def choose(
     """The configuration, and the table's entry it is from or the reason in words.
 
     cuBLAS serves where tiles would spill (unaligned rows, whose loads are narrow), where there are no tensor cores
-    (IEEE fp32), and K = 0, which no descriptor describes and the kernel does not expect. Else the entry that is nearest in log M decides: one of this
-    very N and K if it is within a factor of ``REACH``, else one for any N and K.
+    (IEEE fp32), and K = 0, which no descriptor describes and the kernel does not expect. Else the entry that is nearest
+    in log M decides: one of this very N and K if it is within a factor of ``REACH``, else one for any N and K.
     """
     library = functools.partial(Config, "library", dtype)
     if N > MAX_N or M > MAX_M:

@@ -36,16 +36,6 @@ def _tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 
 @triton.jit
-def _bias_tile(bias_ptr, start_n, N, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The bias in every row, fp32; zeros without one."""
-    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if HAS_BIAS:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        tile += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return tile
-
-
-@triton.jit
 def _store(
     acc,
     out_ptr,
@@ -86,8 +76,19 @@ def _store(
 
 
 @triton.jit
-def _product_tma(acc, x_desc, w_desc, start_m, start_n, K, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """acc plus a tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
+def _product_tma(
+    x_desc,
+    w_desc,
+    start_m,
+    start_n,
+    K,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([start_m, k])
         w = w_desc.load([start_n, k])
@@ -97,7 +98,6 @@ def _product_tma(acc, x_desc, w_desc, start_m, start_n, K, BLOCK_K: tl.constexpr
 
 @triton.jit
 def _product_pointer(
-    acc,
     x_ptr,
     w_ptr,
     start_m,
@@ -115,7 +115,7 @@ def _product_pointer(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc plus a tile of ``x @ W.T``, loaded through pointers."""
+    """A tile of ``x @ W.T``, loaded through pointers."""
     # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
     rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     cols = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -123,6 +123,7 @@ def _product_pointer(
     ks = offs_k.to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
     w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -178,15 +179,20 @@ def linear_act_fwd_kernel(
     for index in range(first, stop, step):
         tile = index if PERSISTENT else tl.program_id(0)
         start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        # A sum that starts from the bias adds it while the first tiles load, not after the last.
-        acc = _bias_tile(bias_ptr, start_n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
+        # The bias is loaded before the product and added after it, so that no thread waits for it: as the start of the
+        # sum it would delay the first tiles by one latency of memory.
+        if HAS_BIAS:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         if TMA:
-            acc = _product_tma(acc, x_ptr, w_ptr, start_m, start_n, K, BLOCK_K, INPUT_PRECISION)
+            acc = _product_tma(x_ptr, w_ptr, start_m, start_n, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         else:
             acc = _product_pointer(
-                acc, x_ptr, w_ptr, start_m, start_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                x_ptr, w_ptr, start_m, start_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
                 EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
+        if HAS_BIAS:
+            acc += bias.to(tl.float32)[None, :]
         _store(acc, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
 
 
