@@ -45,8 +45,6 @@ TMA_TILES: tuple[Tile, ...] = (
     (256, 128, 64, 8, 3),
 )
 POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
-# All 255 registers of each thread, and not one more: bf16 alone has that few instructions.
-BF16_TILES: tuple[Tile, ...] = ((128, 128, 64, 4, 3),)
 # Tiles that get 8 warps on some architectures: with 4 a thread is given too few registers (the second: by Triton 3.9).
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
 
@@ -101,7 +99,7 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
     rows = 2 * max(M, 16)  # a taller tile would compute mostly rows that are not there
     pointer_tiles = (*SMALL_TILES, *MIDDLE_TILES) if M <= 256 else MIDDLE_TILES
     if not tma:
-        pointer_tiles = (*pointer_tiles, *POINTER_TILES, *(BF16_TILES if dtype == "bfloat16" else ()))
+        pointer_tiles = (*pointer_tiles, *POINTER_TILES)
     for tile in pointer_tiles:
         if arch in MORE_WARPS.get(tile, ()):
             tile = (*tile[:3], 8, tile[4])

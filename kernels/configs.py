@@ -33,6 +33,10 @@ TMA_ARCHS = (90, 100, 103)
 # nothing about 8192.
 REACH = 4
 
+# From this K on only what was measured serves: a step of a 128x128 tile is modelled at 640 clocks for 512 of matrix
+# work, and past K = 2000 that costs more than the pass over the output that fusing saves.
+UNMEASURED_K = 2048
+
 
 @dataclass(frozen=True)
 class Config:
@@ -269,7 +273,8 @@ def choose(
 
     cuBLAS serves where tiles would spill (unaligned rows, whose loads are narrow), where there are no tensor cores
     (IEEE fp32), and K = 0, which no descriptor describes and the kernel does not expect. Else the entry that is nearest
-    in log M decides: one of this very N and K if it is within a factor of ``REACH``, else one for any N and K.
+    in log M decides: one of this very N and K if it is within a factor of ``REACH``, else one for any N and K. From
+    ``UNMEASURED_K`` on an entry needs measured times, and cuBLAS serves where there are none.
     """
     library = functools.partial(Config, "library", dtype)
     if N > MAX_N or M > MAX_M:
@@ -281,15 +286,20 @@ def choose(
             return library(), "IEEE fp32 has no tensor cores"
         if not aligned:
             return library(), "rows are not on 16-byte boundaries"
-    for entries, reach in _entries_for(N, K, dtype, arch, device):
+    unmeasured = arch != 0 and K >= UNMEASURED_K
+    for entries, reach in _entries_for(N, K, dtype, arch, device, measured_only=unmeasured):
         distance, entry = min(((abs(math.log2(max(M, 1) / entry.m)), entry) for entry in entries), key=itemgetter(0))
         if distance <= math.log2(reach):
             return entry.config, entry
+    if unmeasured:
+        return library(), f"K is {UNMEASURED_K} or more, and nothing was measured near this shape"
     return default_config(M, dtype, arch), "no table for this architecture"
 
 
 @functools.lru_cache(1024)
-def _entries_for(N: int, K: int, dtype: str, arch: int, device: str) -> tuple[tuple[tuple[Entry, ...], float], ...]:
+def _entries_for(
+    N: int, K: int, dtype: str, arch: int, device: str, measured_only: bool
+) -> tuple[tuple[tuple[Entry, ...], float], ...]:
     """Groups of entries with their reach, the best founded first: this machine's, shipped for N and K, shipped for any.
 
     Within a group the entries are in order of M.
@@ -301,7 +311,7 @@ def _entries_for(N: int, K: int, dtype: str, arch: int, device: str) -> tuple[tu
         (shipped, N, K, REACH),
         (shipped, None, None, math.inf),
     ):
-        found = [e for e in table if (e.config.dtype, e.n, e.k) == (dtype, n, k)]
+        found = [e for e in table if (e.config.dtype, e.n, e.k) == (dtype, n, k) and (e.measured or not measured_only)]
         if found:
             groups.append((tuple(sorted(found, key=lambda entry: entry.m)), reach))
     return tuple(groups)
