@@ -28,9 +28,10 @@ ARCHS = "80,86,89,90,100,120"
 KERNELS = {"act_fwd": "activation pass", "act_bwd": "backward pass"}
 LEGEND = (
     "Green: compiles, for any number of rows, multiples of 16 and, where it serves that, one row; no spills; matrix "
-    "instructions not serialized; no wait for the bias before the first tile; shared memory within the chip's; as many blocks per SM as intended; the matrix instruction named; 64-bit offsets; at "
-    "most three kernels over the number of rows; no tanh.approx; instructions per element in budget. A cell has the "
-    "most registers and KB of shared memory of any activation, and the fewest blocks per SM."
+    "instructions not serialized; no wait for the bias before the first tile; shared memory within the chip's; as many "
+    "blocks per SM as intended; the matrix instruction named; 64-bit offsets; at most three kernels over the number of "
+    "rows; no tanh.approx; instructions per element in budget. A cell has the most registers and KB of shared memory "
+    "of any activation, and the fewest blocks per SM."
 )
 
 

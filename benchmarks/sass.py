@@ -161,12 +161,16 @@ def waits_for_products(config: Config, arch: int) -> bool:
 
 
 def offered_configs(arch: int) -> dict[Config, tuple[int, int, int]]:
-    """What ``tune`` would be offered for the three models, each with the largest shape it is offered for."""
+    """What ``tune`` would be offered for the three models, each with the largest shape it is offered for.
+
+    bf16 gets fp16's tiles and has an instruction less per element. It is compiled only where wgmma may be serialized.
+    """
+    dtypes = ("float16", "bfloat16", "tf32") if MATRIX_INSTRUCTION[arch] == "HGMMA" else ("float16", "tf32")
     shapes = [(M, N, K) for M in OFFERED_ROWS for K, wide in MODELS.values() for N in (wide, K)]
     return {
         config: shape
         for shape in sorted(shapes, key=math.prod)
-        for dtype in ("float16", "bfloat16", "tf32")
+        for dtype in dtypes
         for config in candidates(*shape, dtype, arch)
         if config.kernel != "library"
     }
