@@ -7,7 +7,7 @@ COMMANDS = {
     "run": "ours against every rival on BERT's shapes, interleaved; JSON lines",
     "report": "a Markdown table and plots of what run wrote, or a comparison of two runs",
     "sass": "registers, spills and matrix instructions of every shipped configuration; needs no GPU",
-    "matrix": "the same on the oldest, the pinned and the newest Triton, side by side; needs no GPU",
+    "matrix": "the same on four Tritons, the oldest to the newest, side by side; needs no GPU",
     "versions": "the tests on other versions of transformers and Triton",
     "host": "what a module call costs the host, ours and eager's; needs no GPU",
 }

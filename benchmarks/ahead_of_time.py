@@ -1,8 +1,12 @@
 """The kernels compiled ahead of time, for an architecture by name: no GPU is asked."""
 
+import contextlib
+import io
+from dataclasses import dataclass
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -14,7 +18,16 @@ TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32
 ROWS = (1, 16, 17)
 
 
-def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True, rows: int = 17) -> Any:
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: its code by stage, what Triton says of it, and what ``ptxas -v`` printed."""
+
+    asm: dict[str, Any]
+    metadata: Any
+    ptxas: str
+
+
+def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True, rows: int = 17) -> Compiled:
     """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are.
 
     rows: one of ``ROWS``, for all numbers of rows that Triton takes for the same.
@@ -33,11 +46,8 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
-        "SPLIT_K": config.split_k,
         "PERSISTENT": config.persistent > 0,
         "SUBTILES": config.subtiles,
-        "FLATTEN": config.flatten,
-        "WARP_SPECIALIZE": config.warp_specialize,
     }
     if rows == 1:
         constants["M"] = 1
@@ -58,12 +68,12 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
     )
 
 
-def compile_pass(dtype: str, arch: int, *, activation: str) -> Any:
+def compile_pass(dtype: str, arch: int, *, activation: str) -> Compiled:
     constants = {"ACTIVATION": activation, "BLOCK": act_pass.BLOCK}
     return compile_kernel(act_pass.act_fwd_kernel, dtype, arch, constants, {})
 
 
-def compile_grad(dtype: str, arch: int, *, activation: str) -> Any:
+def compile_grad(dtype: str, arch: int, *, activation: str) -> Compiled:
     constants = {
         "stride_dn": 1,
         "ACTIVATION": activation,
@@ -80,10 +90,10 @@ def compile_kernel(
     dtype: str,
     arch: int,
     constants: dict[str, Any],
-    options: dict[str, int],
+    options: dict[str, Any],
     unaligned: tuple[str, ...] = (),
     descriptors: dict[str, tuple[int, int]] | None = None,
-) -> Any:
+) -> Compiled:
     """A kernel whose integers are multiples of 16 but for ``unaligned``. ``descriptors``: the tiles of those given."""
     descriptors = descriptors or {}
 
@@ -95,8 +105,7 @@ def compile_kernel(
             return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
         if not name.endswith("_ptr"):
             return "i32"
-        workspace = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-        return workspace.get(name, "*" + TRITON_DTYPES[dtype])
+        return "*fp32" if name == "partial_ptr" else "*" + TRITON_DTYPES[dtype]
 
     names = kernel.arg_names
     source = ASTSource(
@@ -109,4 +118,10 @@ def compile_kernel(
             if name not in constants and name not in unaligned and name not in descriptors
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
+    target, options = GPUTarget("cuda", arch, 32), {**options, "enable_fp_fusion": True}
+    # ptxas says what it could not do in its log alone, which Triton prints when it compiles and not when it has kept.
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=options)
+    return Compiled(compiled.asm, compiled.metadata, log.getvalue())

@@ -1,4 +1,4 @@
-"""What the compiler makes of every shipped configuration: registers, spills, shared memory, matrix instructions.
+"""What the compiler makes of every configuration shipped or offered to the tuner: registers, spills, waits, order.
 
 Needs no GPU: Triton compiles for an architecture by name, and the disassembler it bundles reads the result. The times
 are modelled and prove nothing about speed. Exits with 1 if a budget of docs/design.md is broken.
@@ -8,10 +8,7 @@ import argparse
 import functools
 import json
 import math
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,17 +19,28 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from bert_fused.kernels import act_grad, act_pass, linear_act
 from bert_fused.kernels.configs import MAX_M, SHARED_MEMORY, Config, get_config, load_table, shipped_configs
-from bert_fused.tune.candidates import LATENCY, Chip, chip_of, modelled_clocks, resident_blocks
+from bert_fused.tune.candidates import (
+    LATENCY,
+    Chip,
+    candidates,
+    chip_of,
+    modelled_clocks,
+    resident_blocks,
+    shared_bytes,
+)
+from bert_fused.tune.shapes import MODELS
 
-from .ahead_of_time import ROWS, compile_grad, compile_linear, compile_pass
+from .ahead_of_time import ROWS, Compiled, compile_grad, compile_linear, compile_pass
 from .intermediate import matrix_instructions, narrow_offsets, right_instruction, wide_products
+from .machine_code import disassembled, hides_bias, read_log, read_product
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 REGISTERS_PER_SM = 65536
 # Bytes of shared memory that the system takes from an SM's for each block on it.
 RESERVED = 1024
 # Blocks an SM must hold at a time, where the speed of a configuration rests on it whatever the cycle model supposes.
 RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
+# Rows at which candidates are asked for.
+OFFERED_ROWS = tuple(2**i for i in range(18))
 # BERT-base: the shape whose time is modelled for configurations that serve any N and K, and for the passes.
 N, K = 3072, 768
 PASS_ROWS = 8192
@@ -41,15 +49,16 @@ MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC
 WIDE_PRODUCTS = {"pointer": 3, "tma": 0, "act_fwd": 1, "act_bwd": 2}
 
 # Most instructions per element, by whether the pre-activation is stored: from the end of the loop over K to the exit of
-# the configuration below (activation, cast, store, teardown of the pipeline), and of a derivative beyond ReLU's.
+# the configuration below (bias, activation, cast, store, teardown of the pipeline), and of a derivative beyond ReLU's.
 EPILOGUE_BUDGET = {
-    ("bfloat16", "gelu", False): 10.0,
-    ("bfloat16", "gelu", True): 11.0,
-    ("float16", "gelu", False): 12.0,
-    ("float16", "gelu", True): 12.0,
+    ("bfloat16", "gelu", False): 11.6,
+    ("bfloat16", "gelu", True): 12.4,
+    ("float16", "gelu", False): 12.5,
+    ("float16", "gelu", True): 13.3,
 }
 EPILOGUE_BUDGET_CONFIG = (90, "tma 128x128x64 4 warps 3 stages")
 DERIVATIVE_BUDGET = 16.0
+DERIVATIVE_COUNTED = ((90, "float16"), (90, "bfloat16"))
 GRAD_TILE = act_grad.BLOCK_M * act_grad.BLOCK_N
 
 
@@ -63,112 +72,108 @@ def activations_to_check(dtype: str) -> tuple[str, ...]:
     return ("gelu",) if dtype in ("tf32", "float32") else ("gelu", "tanh", "gelu_tanh")
 
 
-def inspect(compiled: Any, arch: int, num_warps: int, tile: int, block_m: int = 64) -> dict[str, Any]:
-    """Resources of a compiled kernel, read from its machine code. ``tile``: output elements a block computes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        sass = _tool("nvdisasm", "-c", file.name)
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-    instructions, labels = _listing(sass)
-    registers_match = re.search(r"REG:(\d+)", usage)
-    assert registers_match is not None, usage
-    registers = int(registers_match[1])
-    matrix = [i for i, (name, _) in enumerate(instructions) if name.startswith(matrix_instruction(arch, block_m))]
-    epilogue = _epilogue_length(instructions, labels, matrix[-1]) if matrix else 0
-    shared = compiled.metadata.shared
-    ttir, ptx = compiled.asm["ttir"], compiled.asm["ptx"]
-    return {
-        "registers": registers,
-        "instructions": len(instructions),
-        "spills": sum(name.startswith(("STL", "LDL")) for name, _ in instructions),
+def inspect(compiled: Compiled, arch: int, tile: int = 1, block_m: int = 64, *, code: bool = True) -> dict[str, Any]:
+    """Resources of a compiled kernel.
+
+    tile: output elements a block computes. code: whether to read the machine code as well; disassembling takes as long
+    as compiling, and the log has registers, spills and what ptxas says of wgmma.
+    """
+    ttir, ptx, shared = compiled.asm["ttir"], compiled.asm["ptx"], compiled.metadata.shared
+    num_warps = compiled.metadata.num_warps
+    row: dict[str, Any] = read_log(compiled.ptxas)
+    row |= {
         "shared_bytes": shared,
         "ctas_per_sm": min(
-            REGISTERS_PER_SM // (-(-registers // 8) * 8 * 32 * num_warps),
+            REGISTERS_PER_SM // (-(-row["registers"] // 8) * 8 * 32 * num_warps),
             (SHARED_MEMORY[arch] + RESERVED) // (shared + RESERVED),
         ),
-        "mma_instructions": len(matrix),
         "matrix": ", ".join(matrix_instructions(ptx)),
         "narrow_offsets": narrow_offsets(ttir),
         "wide_products": wide_products(ttir),
         "approximate_tanh": "tanh.approx" in ptx,
-        "epilogue_per_element": round(epilogue * num_warps * 32 / tile, 1) if matrix else None,
+        "serialized": bool(row["ptxas"]),
     }
-
-
-def _listing(sass: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """Instructions as (name, operands), and the instruction that each label stands before."""
-    instructions: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    pattern = r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*))"
-    for label, name, operands in re.findall(pattern, sass, re.MULTILINE):
-        if label:
-            labels[label] = len(instructions)
-        else:
-            instructions.append((name, operands))
-    return instructions, labels
-
-
-def _epilogue_length(instructions: list[tuple[str, str]], labels: dict[str, int], last_matrix: int) -> int:
-    """Instructions between the end of the loop over K and the end of the tile.
-
-    The loop's own last instructions are no part of it, nor is what lies behind the exit: waiting loops and padding.
-    """
-    exits = [i for i, (name, _) in enumerate(instructions) if name == "EXIT"]
-    branches_back = [
-        i
-        for i, (name, operands) in enumerate(instructions[: exits[-1]])
-        if i > last_matrix
-        and name == "BRA"
-        and (target := re.search(r"\.L_x_\d+", operands)) is not None
-        and labels[target[0]] <= last_matrix
-    ]
-    start, end = ([*branches_back, exits[-1]] if branches_back else [last_matrix, exits[-1]])[:2]
-    return end - start
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+    if code:
+        instructions, labels = disassembled(compiled.asm["cubin"])
+        product = read_product(instructions, labels, matrix_instruction(arch, block_m))
+        row |= product | {"instructions": len(instructions)}
+        row["epilogue_per_element"] = round(product["epilogue"] * num_warps * 32 / tile, 1)
+        row["serialized"] |= 0 < product["products"] <= product["waits"]
+    return row
 
 
 def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
-    """A row per kernel, configuration and activation that an architecture can select.
+    """A row per kernel, configuration and activation that an architecture can select, or that its tuner is offered.
 
     The forward stores the pre-activation, of any number of rows. In another row, for BERT's own activation, it does
     not, and has a multiple of 16 rows, as batched inference. A configuration that serves one row is compiled for that.
+    What is only offered is compiled for BERT's own activation, and on wgmma alone without the pre-activation too.
     """
-    for config in shipped_configs(arch):
+    shipped = list(shipped_configs(arch))
+    for config in shipped:
         shapes = shapes_served(config, arch)
         variants = [(activation, True, 17) for activation in activations_to_check(config.dtype)] + [("gelu", False, 16)]
         if min(shapes)[0] == 1:
             variants.append(("gelu", True, 1))
-        for activation, save_preact, rows in variants:
-            tile = config.block_m * config.block_n
-            row = {"arch": arch, "dtype": config.dtype, "config": str(config), "activation": activation}
-            row |= {"save_preact": save_preact, "rows": rows, "triton": triton.__version__}
-            row |= of_kernel("linear_act_fwd", config.kernel)
-            row |= {"right_matrix": right_instruction(arch, config.dtype, config.block_m)}
-            row |= {"intended_ctas": intended_blocks(config, arch, shapes)}
-            try:
-                compiled = compile_linear(config, arch, activation=activation, save_preact=save_preact, rows=rows)
-            except Exception as error:  # the compiler's have no base of their own
-                yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-                continue
-            row |= inspect(compiled, arch, compiled.metadata.num_warps, tile, config.block_m)
+        for variant in variants:
+            row = linear_row(config, arch, *variant) | {"intended_ctas": intended_blocks(config, arch, shapes)}
             yield row | linear_times(config, max(shapes, key=math.prod), arch)
+    for config, shape in offered_configs(arch).items():
+        if config not in shipped:
+            variants = [("gelu", True, 17), ("gelu", False, 16)]
+            for variant in variants if waits_for_products(config, arch) else variants[:1]:
+                row = linear_row(config, arch, *variant) | {"intended_ctas": max(config.persistent, 1), "offered": True}
+                yield row | {"shared_estimate": shared_bytes(config, arch)} | linear_times(config, shape, arch)
     for dtype in ("float16", "bfloat16", "float32"):
         row = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False, "triton": triton.__version__}
         for activation in activations_to_check(dtype):
-            compiled = compile_pass(dtype, arch, activation=activation)
-            stats = inspect(compiled, arch, compiled.metadata.num_warps, act_pass.BLOCK)
+            stats = inspect(compile_pass(dtype, arch, activation=activation), arch, act_pass.BLOCK, code=False)
             yield row | of_kernel("act_fwd") | {"activation": activation} | stats | pass_times(2, dtype, arch)
-        relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, 4, GRAD_TILE)
+        counted = (arch, dtype) in DERIVATIVE_COUNTED
+        relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, GRAD_TILE) if counted else {}
         for activation in activations_to_check(dtype):
             compiled = compile_grad(dtype, arch, activation=activation)
-            stats = inspect(compiled, arch, compiled.metadata.num_warps, GRAD_TILE)
-            added = (stats["instructions"] - relu["instructions"]) * compiled.metadata.num_warps * 32 / GRAD_TILE
-            stats["derivative_per_element"] = round(added, 1)
+            stats = inspect(compiled, arch, GRAD_TILE, code=counted)
+            if counted:
+                added = (stats["instructions"] - relu["instructions"]) * compiled.metadata.num_warps * 32 / GRAD_TILE
+                stats["derivative_per_element"] = round(added, 1)
             yield row | of_kernel("act_bwd") | {"activation": activation} | stats | pass_times(3, dtype, arch)
+
+
+def linear_row(config: Config, arch: int, activation: str, save_preact: bool, rows: int) -> dict[str, Any]:
+    """The row of the forward kernel for one configuration and activation."""
+    row = {"arch": arch, "dtype": config.dtype, "config": str(config), "activation": activation}
+    row |= {"save_preact": save_preact, "rows": rows, "triton": triton.__version__}
+    row |= of_kernel("linear_act_fwd", config.kernel)
+    row |= {"right_matrix": right_instruction(arch, config.dtype, config.block_m)}
+    try:
+        compiled = compile_linear(config, arch, activation=activation, save_preact=save_preact, rows=rows)
+    except Exception as error:  # the compiler's have no base of their own
+        return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    # Without the pre-activation for the order of loads; with it, where a wait could serialize products.
+    code = activation == "gelu" and rows > 1 and (not save_preact or waits_for_products(config, arch))
+    return row | inspect(compiled, arch, config.block_m * config.block_n, config.block_m, code=code)
+
+
+def waits_for_products(config: Config, arch: int) -> bool:
+    """Whether a configuration's matrix instructions are asynchronous ones, which ptxas may serialize."""
+    return matrix_instruction(arch, config.block_m) == "HGMMA"
+
+
+def offered_configs(arch: int) -> dict[Config, tuple[int, int, int]]:
+    """What ``tune`` would be offered for the three models, each with the largest shape it is offered for.
+
+    bf16 gets fp16's tiles and has an instruction less per element. It is compiled only where wgmma may be serialized.
+    """
+    dtypes = ("float16", "bfloat16", "tf32") if MATRIX_INSTRUCTION[arch] == "HGMMA" else ("float16", "tf32")
+    shapes = [(M, N, K) for M in OFFERED_ROWS for K, wide in MODELS.values() for N in (wide, K)]
+    return {
+        config: shape
+        for shape in sorted(shapes, key=math.prod)
+        for dtype in dtypes
+        for config in candidates(*shape, dtype, arch)
+        if config.kernel != "library"
+    }
 
 
 def of_kernel(name: str, kind: str | None = None) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def shapes_served(config: Config, arch: int) -> list[tuple[int, int, int]]:
 
 def intended_blocks(config: Config, arch: int, shapes: list[tuple[int, int, int]]) -> int:
     """How many blocks share an SM where the cycle model ranked the configuration: as many as there are, or as fit."""
-    needed = max(-(-M // config.block_m) * -(-N // config.block_n) * config.split_k for M, N, _ in shapes)
+    needed = max(-(-M // config.block_m) * -(-N // config.block_n) for M, N, _ in shapes)
     modelled = min(resident_blocks(config, arch), -(-needed // chip_of(arch).sms))
     return RESIDENT_BLOCKS.get((arch, str(config)), modelled)
 
@@ -238,16 +243,22 @@ def broken_budgets(row: dict[str, Any]) -> list[str]:
         return [f"does not compile: {row['error']}"]
     broken = []
     if row["spills"]:
-        broken.append(f"{row['spills']} spills")
+        broken.append(f"{row['spills']} bytes spilled")
     if row["shared_bytes"] > SHARED_MEMORY[row["arch"]]:
         broken.append(f"{row['shared_bytes']} bytes of shared memory, a block has {SHARED_MEMORY[row['arch']]}")
     if row["kernel"] == "linear_act_fwd":
-        if not row["mma_instructions"]:
-            broken.append("no matrix instruction")
+        if row["serialized"]:
+            waits = f"{row['waits']} waits for {row['products']} in the loop" if "waits" in row else "waits not counted"
+            broken.append(f"matrix instructions are serialized: {waits} {' '.join(row['ptxas'])}".rstrip())
+        if "order" in row and not hides_bias(row["order"]):
+            broken.append(f"a thread waits for the bias: {row['order']}")
         if row["matrix"] != row["right_matrix"]:
             broken.append(f"tiles are multiplied by {row['matrix'] or 'nothing'} instead of {row['right_matrix']}")
         if row["ctas_per_sm"] < row["intended_ctas"]:
             broken.append(f"{row['ctas_per_sm']} blocks per SM instead of {row['intended_ctas']}")
+        estimate = row.get("shared_estimate", row["shared_bytes"])
+        if not estimate - 1024 <= row["shared_bytes"] <= estimate:
+            broken.append(f"{row['shared_bytes']} bytes of shared memory, candidates.py estimates {estimate}")
     broken += [f"32-bit offsets: {product}" for product in row["narrow_offsets"]]
     if row["wide_products"] < row["least_wide_products"]:
         broken.append(f"{row['wide_products']} products in 64 bits instead of {row['least_wide_products']}")
@@ -255,12 +266,12 @@ def broken_budgets(row: dict[str, Any]) -> list[str]:
         broken.append(f"{row['row_variants']} variants over the number of rows instead of {len(ROWS)}")
     if row["approximate_tanh"]:
         broken.append("tanh.approx, which is good to 11 bits")
-    budget, count = None, row["epilogue_per_element"]
+    budget, count = None, row.get("epilogue_per_element")
     if (row["arch"], row["config"]) == EPILOGUE_BUDGET_CONFIG:
         budget = EPILOGUE_BUDGET.get((row["dtype"], row["activation"], row["save_preact"]))
     elif row["kernel"] == "act_bwd" and (row["arch"], row["activation"]) == (90, "gelu") and row["dtype"] != "float32":
         budget, count = DERIVATIVE_BUDGET, row["derivative_per_element"]
-    if budget is not None and count > budget:
+    if budget is not None and count is not None and count > budget:
         broken.append(f"{count} instructions per element, budget {budget}")
     return broken
 
@@ -278,7 +289,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--arch: expected some of {', '.join(map(str, MATRIX_INSTRUCTION))}, got {arguments.arch!r}")
     rows = []
     columns = ("kernel", "arch", "dtype", "config", "activation", "save_preact", "rows", "registers", "spills")
-    columns += ("shared_bytes", "ctas_per_sm", "mma_instructions", "matrix", "epilogue_per_element")
+    columns += ("shared_bytes", "ctas_per_sm", "matrix", "serialized", "order", "epilogue_per_element")
     columns += ("derivative_per_element", "shape", "modelled_us", "roofline_us")
     print(" | ".join(columns))
     for arch in archs:

@@ -33,6 +33,10 @@ TMA_ARCHS = (90, 100, 103)
 # nothing about 8192.
 REACH = 4
 
+# From this K on only what was measured serves: a step of a 128x128 tile is modelled at 640 clocks for 512 of matrix
+# work, and past K = 2000 that costs more than the pass over the output that fusing saves.
+UNMEASURED_K = 2048
+
 
 @dataclass(frozen=True)
 class Config:
@@ -42,10 +46,8 @@ class Config:
     memory accelerator; "library" is cuBLAS (bias in its epilogue) and one activation pass.
     dtype: "float16", "bfloat16", "float32" (IEEE products) or "tf32" (fp32 tensors, TF32 products).
     The rest describes a Triton kernel's tile, in powers of two, and is left out for "library".
-    split_k: blocks that share the K range of one tile; the last to finish adds their partial sums.
     persistent: blocks per SM, each of which computes tile after tile; 0 launches a block per tile.
     subtiles: column slices in which a persistent block stores its tile: smaller buffers, more blocks per SM.
-    flatten, warp_specialize: Triton's options of the persistent loop over tiles.
 
     Raises ValueError for a combination that no kernel has.
     """
@@ -58,11 +60,8 @@ class Config:
     num_warps: int = 0
     num_stages: int = 0
     group_m: int = 8
-    split_k: int = 1
     persistent: int = 0
     subtiles: int = 1
-    flatten: bool = False
-    warp_specialize: bool = False
 
     def __post_init__(self) -> None:
         reason = impossible(self)
@@ -76,11 +75,8 @@ class Config:
             f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k} {self.num_warps} warps "
             f"{self.num_stages} stages",
             f"groups of {self.group_m}" if self.group_m != 8 else "",
-            f"K in {self.split_k}" if self.split_k != 1 else "",
             f"persistent {self.persistent}/SM" if self.persistent else "",
             f"stored in {self.subtiles}" if self.subtiles != 1 else "",
-            "flattened" if self.flatten else "",
-            "warp-specialized" if self.warp_specialize else "",
         ]
         return " ".join(part for part in parts if part)
 
@@ -95,21 +91,19 @@ def impossible(config: Config) -> str | None:
     powers = (c.block_m, c.block_n, c.block_k, c.num_warps, c.subtiles)
     if min(powers) < 1 or any(size & (size - 1) for size in powers):
         return "blocks, warps and subtiles must be powers of two"
-    if min(c.num_stages, c.group_m, c.split_k) < 1 or c.persistent < 0:
-        return "stages, groups and splits start at 1"
-    if c.split_k > 1 and c.kernel != "pointer":
-        return "only the pointer kernel splits K"
+    if min(c.num_stages, c.group_m) < 1 or c.persistent < 0:
+        return "stages and groups start at 1"
     if c.persistent and c.kernel != "tma":
         return "only the TMA kernel is persistent"
-    if not c.persistent and (c.subtiles > 1 or c.flatten or c.warp_specialize):
-        return "only a persistent kernel has subtiles, flattening and warp specialization"
+    if not c.persistent and c.subtiles > 1:
+        return "only a persistent kernel has subtiles"
     if c.block_n // c.subtiles < 16:
         return "a subtile has at least 16 columns"
     return None
 
 
 # The fields after kernel and dtype of a configuration that has no tile.
-_UNTILED = (0, 0, 0, 0, 0, 8, 1, 0, 1, False, False)
+_UNTILED = (0, 0, 0, 0, 0, 8, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -184,8 +178,8 @@ def unlaunchable(config: Config, arch: int) -> str | None:
     if config.kernel == "tma" and arch not in TMA_ARCHS:
         return f"sm_{arch} has no tensor memory accelerator"
     blocks = (config.block_m, config.block_n, config.block_k)
-    if min(blocks) < 16 or max(blocks) > 256 or max(config.num_warps, config.split_k, config.persistent) > 16:
-        return "blocks are 16 to 256, warps, splits and blocks per SM at most 16"
+    if min(blocks) < 16 or max(blocks) > 256 or max(config.num_warps, config.persistent) > 16:
+        return "blocks are 16 to 256, warps and blocks per SM at most 16"
     # The pipeline of an sm_8x keeps num_stages - 1 tiles in flight, that of an sm_90 all.
     stages = config.num_stages - (arch < 90 or arch >= 120)
     operands = (config.block_m + config.block_n) * config.block_k * (2 if "16" in config.dtype else 4)
@@ -278,28 +272,34 @@ def choose(
     """The configuration, and the table's entry it is from or the reason in words.
 
     cuBLAS serves where tiles would spill (unaligned rows, whose loads are narrow), where there are no tensor cores
-    (IEEE fp32), and K = 0, which no descriptor describes. Else the entry that is nearest in log M decides: one of this
-    very N and K if it is within a factor of ``REACH``, else one for any N and K.
+    (IEEE fp32), and K = 0, which no descriptor describes and the kernel does not expect. Else the entry that is nearest
+    in log M decides: one of this very N and K if it is within a factor of ``REACH``, else one for any N and K. From
+    ``UNMEASURED_K`` on an entry needs measured times, and cuBLAS serves where there are none.
     """
     library = functools.partial(Config, "library", dtype)
     if N > MAX_N or M > MAX_M:
         return library(), "too large for 32-bit offsets"
+    if K == 0:
+        return library(), "K is 0"
     if arch != 0:
         if dtype == "float32":
             return library(), "IEEE fp32 has no tensor cores"
         if not aligned:
             return library(), "rows are not on 16-byte boundaries"
-        if K == 0:
-            return library(), "K is 0"
-    for entries, reach in _entries_for(N, K, dtype, arch, device):
+    unmeasured = arch != 0 and K >= UNMEASURED_K
+    for entries, reach in _entries_for(N, K, dtype, arch, device, measured_only=unmeasured):
         distance, entry = min(((abs(math.log2(max(M, 1) / entry.m)), entry) for entry in entries), key=itemgetter(0))
         if distance <= math.log2(reach):
             return entry.config, entry
+    if unmeasured:
+        return library(), f"K is {UNMEASURED_K} or more, and nothing was measured near this shape"
     return default_config(M, dtype, arch), "no table for this architecture"
 
 
 @functools.lru_cache(1024)
-def _entries_for(N: int, K: int, dtype: str, arch: int, device: str) -> tuple[tuple[tuple[Entry, ...], float], ...]:
+def _entries_for(
+    N: int, K: int, dtype: str, arch: int, device: str, measured_only: bool
+) -> tuple[tuple[tuple[Entry, ...], float], ...]:
     """Groups of entries with their reach, the best founded first: this machine's, shipped for N and K, shipped for any.
 
     Within a group the entries are in order of M.
@@ -311,7 +311,7 @@ def _entries_for(N: int, K: int, dtype: str, arch: int, device: str) -> tuple[tu
         (shipped, N, K, REACH),
         (shipped, None, None, math.inf),
     ):
-        found = [e for e in table if (e.config.dtype, e.n, e.k) == (dtype, n, k)]
+        found = [e for e in table if (e.config.dtype, e.n, e.k) == (dtype, n, k) and (e.measured or not measured_only)]
         if found:
             groups.append((tuple(sorted(found, key=lambda entry: entry.m)), reach))
     return tuple(groups)

@@ -36,16 +36,6 @@ def _tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 
 @triton.jit
-def _bias_tile(bias_ptr, start_n, N, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The bias in every row, fp32; zeros without one."""
-    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if HAS_BIAS:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        tile += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return tile
-
-
-@triton.jit
 def _store(
     acc,
     out_ptr,
@@ -86,14 +76,75 @@ def _store(
 
 
 @triton.jit
+def _product_tma(
+    x_desc,
+    w_desc,
+    start_m,
+    start_n,
+    K,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = x_desc.load([start_m, k])
+        w = w_desc.load([start_n, k])
+        acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def _product_pointer(
+    x_ptr,
+    w_ptr,
+    start_m,
+    start_n,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of ``x @ W.T``, loaded through pointers."""
+    # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
+    rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    cols = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    ks = offs_k.to(tl.int64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+    w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
+    return acc
+
+
+@triton.jit
 def linear_act_fwd_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     out_ptr,
     preact_ptr,
-    partial_ptr,
-    arrived_ptr,
     M,
     N,
     K,
@@ -111,80 +162,38 @@ def linear_act_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
     SUBTILES: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     """With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused.
 
-    The grid: a block per tile; any number of blocks if PERSISTENT; SPLIT_K blocks per tile, one after the other.
-    partial_ptr, fp32 ``[tiles, SPLIT_K, BLOCK_M, BLOCK_N]``, and arrived_ptr, zeros ``[tiles]``, serve SPLIT_K > 1.
+    The grid: a block per tile, or any number of blocks if PERSISTENT. K is at least 1.
     """
-    num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    # The compiler need not guard the loop over K. Behind that guard ptxas 12.8 (Triton 3.6) serializes wgmma.
+    tl.assume(K > 0)
     if PERSISTENT:
+        num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         first, stop, step = tl.program_id(0), num_tiles, tl.num_programs(0)
     else:
         first, stop, step = 0, 1, 1  # constants: the compiler drops the loop
-    for index in tl.range(first, stop, step, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
-        tile = index if PERSISTENT else tl.program_id(0) // SPLIT_K
+    for index in range(first, stop, step):
+        tile = index if PERSISTENT else tl.program_id(0)
         start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        start_k, stop_k = 0, K
-        if SPLIT_K > 1:
-            split = tl.program_id(0) % SPLIT_K
-            share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-            start_k, stop_k = split * share, tl.minimum((split + 1) * share, K)
-
-        # A sum that starts from the bias adds it while the first tiles load, not after the last. Triton cannot
-        # warp-specialize such a loop, and spills on sm_100 when it flattens one.
-        BIAS_FIRST: tl.constexpr = SPLIT_K == 1 and not FLATTEN and not WARP_SPECIALIZE
-        acc = _bias_tile(bias_ptr, start_n, N, HAS_BIAS and BIAS_FIRST, BLOCK_M, BLOCK_N)
+        # The bias is loaded before the product and added after it, so that no thread waits for it: as the start of the
+        # sum it would delay the first tiles by one latency of memory.
+        if HAS_BIAS:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         if TMA:
-            for k in range(start_k, stop_k, BLOCK_K):
-                x = x_ptr.load([start_m, k])
-                w = w_ptr.load([start_n, k])
-                acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)
+            acc = _product_tma(x_ptr, w_ptr, start_m, start_n, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         else:
-            # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
-            rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-            cols = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-            offs_k = tl.arange(0, BLOCK_K)
-            ks = start_k + offs_k.to(tl.int64)
-            x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
-            w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
-            for k in range(start_k, stop_k, BLOCK_K):
-                if EVEN_K:
-                    x = tl.load(x_ptrs)
-                    w = tl.load(w_ptrs)
-                else:
-                    mask_k = offs_k < K - k
-                    x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-                    w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-                acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
-                x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
-                w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
-
-        if SPLIT_K == 1:
-            if HAS_BIAS and not BIAS_FIRST:
-                acc += _bias_tile(bias_ptr, start_n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
-            _store(acc, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
-        else:
-            SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-            offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            partials = partial_ptr + tl.cast(tile, tl.int64) * (SPLIT_K * SIZE) + offs
-            tl.store(partials + split * SIZE, acc, cache_modifier=".cg")
-            # One thread counts for the block. The barrier orders the other threads' stores before its release, and the
-            # one through which it tells them the count orders its acquire before their loads: whoever arrives last
-            # sees every partial sum.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
-            if arrived == SPLIT_K - 1:
-                # In the order of the splits, not of their arrival: the same call gives the same bits.
-                total = _bias_tile(bias_ptr, start_n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
-                for i in tl.static_range(SPLIT_K):
-                    total += tl.load(partials + i * SIZE, cache_modifier=".cg")
-                _store(total, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
+            acc = _product_pointer(
+                x_ptr, w_ptr, start_m, start_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if HAS_BIAS:
+            acc += bias.to(tl.float32)[None, :]
+        _store(acc, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
 
 
 def linear_act_fwd(
@@ -232,7 +241,7 @@ def _call(
         aligned = _is_aligned(rows, N) and _is_aligned(weight, N)
         precision, arch, device = _precision(x.dtype), arch_of(x.device), name_of(x.device)
         config = get_config(M, N, K, precision, arch, aligned=aligned, device=device)
-    if config.kernel == "library":
+    if config.kernel == "library" or K == 0:  # a product of nothing is the bias, and the kernel assumes K > 0
         return _library(x, weight, bias, activation, save_preact)
 
     bias_row = bias.contiguous() if bias is not None else None
@@ -249,16 +258,9 @@ def _call(
             for matrix, tile in zip(matrices, tiles, strict=True)
         )
     x_arg, w_arg, out_arg, preact_arg = arguments
-    partial = arrived = None
-    num_tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    num_blocks = num_tiles * config.split_k
+    num_blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if config.persistent:
-        num_blocks = min(num_tiles, config.persistent * num_sms(x.device))
-    if config.split_k > 1:
-        # Allocated and zeroed by each call on its own stream: calls that overlap, replayed graphs and launches that
-        # died halfway leave nothing behind that another could read.
-        partial = x.new_empty(num_blocks * config.block_m * config.block_n, dtype=torch.float32)
-        arrived = x.new_zeros(num_tiles, dtype=torch.int32)
+        num_blocks = min(num_blocks, config.persistent * num_sms(x.device))
     launched = launch(
         linear_act_fwd_kernel,
         (num_blocks,),
@@ -267,8 +269,6 @@ def _call(
         bias_row,
         out_arg,
         preact_arg,
-        partial,
-        arrived,
         M,
         N,
         K,
@@ -286,19 +286,16 @@ def _call(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
-        SPLIT_K=config.split_k,
         PERSISTENT=config.persistent > 0,
         SUBTILES=config.subtiles,
-        FLATTEN=config.flatten,
-        WARP_SPECIALIZE=config.warp_specialize,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
     copied = not (_same_memory(rows, x) and _same_memory(bias_row, bias))
-    if launched is None or copied or not _on_boundaries(x, weight, bias, out, preact, partial, arrived):
+    if launched is None or copied or not _on_boundaries(x, weight, bias, out, preact):
         return (out, preact), None
-    return (out, preact), replay.fused_call(launched, shape, save_preact, (partial, arrived))
+    return (out, preact), replay.fused_call(launched, shape, save_preact)
 
 
 def _library(

@@ -100,17 +100,14 @@ def keep(key: Any, call: Call) -> None:
     calls[key] = call
 
 
-def fused_call(
-    launch: Launch, shape: tuple[int, ...], saves_preact: bool, workspace: tuple[Tensor | None, Tensor | None]
-) -> Call:
-    """The call that made ``launch``, whose arguments began with x, weight, bias, out, preact and the workspace, all of
-    them on 16-byte boundaries.
+def fused_call(launch: Launch, shape: tuple[int, ...], saves_preact: bool) -> Call:
+    """The call that made ``launch``, whose arguments began with x, weight, bias, out and preact, all of them on 16-byte
+    boundaries.
 
-    shape: that of out and preact. workspace: partial sums and counters, both None where K is not split.
+    shape: that of out and preact.
     """
     kernel, is_observed, start = launch.kernel, launch.is_observed, launch.starter()
-    shape, numbers = tuple(shape), launch.values[7:]
-    num_partial, num_arrived = (0 if tensor is None else tensor.numel() for tensor in workspace)
+    shape, numbers = tuple(shape), launch.values[5:]
     if launch.encoders:
         encode_x, encode_weight, encode_out, *encode_preact = launch.encoders
     has_descriptors = bool(launch.encoders)
@@ -142,20 +139,11 @@ def fused_call(
                     bias_address,
                     *encode_out(out_address),
                     *(encode_preact[0](preact_address) if preact_address is not None else (None,)),
-                    None,
-                    None,
                     *numbers,
                 )
             )
-        elif num_partial:
-            partial = x.new_empty(num_partial, dtype=torch.float32)
-            arrived = x.new_zeros(num_arrived, dtype=torch.int32)
-            sums, counters = partial.data_ptr(), arrived.data_ptr()
-            if (sums | counters) & 15:
-                return None
-            start((x_address, weight_address, bias_address, out_address, preact_address, sums, counters, *numbers))
         else:
-            start((x_address, weight_address, bias_address, out_address, preact_address, None, None, *numbers))
+            start((x_address, weight_address, bias_address, out_address, preact_address, *numbers))
         return out, preact
 
     return call

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 PACKAGE = __name__.partition(".")[0]
 
 # Raise it when the format changes, or when kernels change so much that choices measured before no longer hold.
-VERSION = 1
+VERSION = 2
 
 T = TypeVar("T")
 Rows = list[dict[str, Any]]

@@ -513,25 +513,6 @@ def check_a_kept_call_is_a_threads_first_cuda_work() -> None:
         torch.cuda.mem_get_info = mem_get_info
 
 
-def check_kept_calls_that_split_k() -> None:
-    x, w, b = linear_tensors(K=256)
-    config = Config("pointer", "float16", 16, 16, 64, num_warps=4, num_stages=2, split_k=4)
-    original, forward.get_config = forward.get_config, lambda *args, **kwargs: config
-    try:
-        replay.calls.clear()
-        for _ in range(4):
-            x = x.clone()
-            out, seen = launched(lambda x=x: linear_act(x, w, b), parameters=9)
-            assert seen["params"][:4] == [t.data_ptr() for t in (x, w, b, out)]
-            assert len(set(seen["params"][:6])) == 6
-            assert seen["params"][6] & 0xFFFFFFFF == 48
-            assert seen["grid"] == (3 * 2 * 4, 1, 1)
-        assert len(replay.calls) == 1
-    finally:
-        forward.get_config = original
-        replay.calls.clear()
-
-
 def check_backward() -> None:
     x, w, b = (t.requires_grad_() for t in linear_tensors())
     functions = set()

@@ -1,8 +1,11 @@
 """Which configuration serves which shape, and that the shipped tables are what they claim."""
 
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +20,17 @@ from bert_fused.kernels.configs import (
     TABLES,
     Config,
     Entry,
+    Measured,
     default_config,
     get_config,
     load_table,
     shipped_configs,
 )
 from bert_fused.kernels.linear_act import _is_aligned, _precision, linear_act_fwd
+from bert_fused.tune.candidates import candidates, modelled_clocks
+from bert_fused.tune.shapes import MODELS
 
+ROOT = Path(__file__).parent.parent
 TABLE_ARCHS = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
 KERNEL_DTYPES = ("float16", "bfloat16", "tf32")
 
@@ -87,12 +94,55 @@ def test_cublas_serves_what_tiles_would_spill_on(arch: int) -> None:
         assert get_config(512, 3072, 768, "float32", arch, aligned=aligned) == Config("library", "float32")
 
 
-@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("arch", [0, 80, 86, 90])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("M", [1, 4096])
 def test_cublas_serves_products_of_nothing(M: int, dtype: str, arch: int) -> None:
-    """No descriptor describes a matrix without columns."""
+    """No descriptor describes a matrix without columns, and the kernel assumes that there are some."""
     assert get_config(M, 3072, 0, dtype, arch, aligned=True) == Config("library", dtype)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(768, 3072), (1024, 4096), (2048, 2048)])
+def test_cublas_serves_a_long_k_that_nobody_measured(N: int, K: int, dtype: str, arch: int) -> None:
+    for M in (1, 512, 8192, 131072):
+        assert get_config(M, N, K, dtype, arch, aligned=True) == Config("library", dtype)
+    assert get_config(512, N, 2040, dtype, arch, aligned=True) != Config("library", dtype)
+    assert get_config(512, N, K, "float16", 0, aligned=True) != Config("library", "float16")
+
+
+@pytest.mark.parametrize("measured", [None, Measured(10.0, 12.0, 15.0, "2026-11-24", "torch 2.13")])
+def test_a_long_k_is_served_by_an_entry_with_measured_times(
+    measured: Measured | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its own N and K and within its reach, and not by one that was computed, or is for any N and K."""
+    entries = (Entry(512, 768, 3072, config(1), measured), Entry(512, None, None, config(2)))
+    monkeypatch.setattr(configs, "load_table", lambda arch: entries if arch == 90 else ())
+    configs._entries_for.cache_clear()
+    library = Config("library", "float16")
+    found = [get_config(M, 768, 3072, "float16", 90, aligned=True) for M in (127, 128, 2048, 2049)]
+    other = get_config(512, 1024, 3072, "float16", 90, aligned=True)
+    configs._entries_for.cache_clear()
+    assert found == [library, *(2 * [config(1) if measured else library]), library]
+    assert other == library
+
+
+@pytest.mark.parametrize("arch", TABLE_ARCHS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_lookup_is_behind_the_models_best_candidate(model: str, dtype: str, arch: int) -> None:
+    """By more than a tenth, for the intermediate and the pooler, at 1 to 131072 rows."""
+    K, wide = MODELS[model]
+    rows = [2**i * quarters // 4 for i in range(18) for quarters in (4, 5, 6, 7) if i >= 2 or quarters == 4]
+    behind = {}
+    for N, M in itertools.product((wide, K), (M for M in rows if M <= 131072)):
+        chosen = get_config(M, N, K, dtype, arch, aligned=True)
+        offered = (c for c in candidates(M, N, K, dtype, arch) if c.kernel != "library")
+        best = min(modelled_clocks(config, M, N, K, arch) for config in offered)
+        if (ratio := modelled_clocks(chosen, M, N, K, arch) / best) > 1.1:
+            behind[M, N] = f"{ratio:.2f} {chosen}"
+    assert not behind
 
 
 @pytest.mark.parametrize("arch", [0, 90])
@@ -196,6 +246,14 @@ def test_fp32_follows_torchs_setting() -> None:
         assert _precision(torch.float32) == expected
         assert _precision(torch.bfloat16) == "bfloat16"
         assert _precision(torch.float16) == "float16"
+
+
+def test_nothing_reads_the_settings_that_raise() -> None:
+    """Once ``fp32_precision`` was set to "tf32", torch's older getters raise."""
+    old = re.compile(r"allow_tf32|float32_matmul_precision")
+    files = [path for folder in ("kernels", "bert_fused", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 40
+    assert not [path for path in files if old.search(path.read_text())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -186,11 +186,12 @@ def test_every_order_of_tiles_covers_the_output(shape: tuple[int, int, int], gro
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
-@pytest.mark.parametrize("config", [small_tiles, library], ids=["pointer", "library"])
+@pytest.mark.parametrize("config", [small_tiles, tma_tiles, library], ids=["pointer", "tma", "library"])
 @all_dtypes
 def test_no_inputs_give_the_activation_of_the_bias(
     dtype: torch.dtype, config: Callable[[torch.dtype], Config], bias: bool
 ) -> None:
+    """Also with a tile's configuration. The kernel assumes K > 0, and the interpreter asserts that."""
     i = make_inputs("unit", 18, 70, 0, dtype, bias=bias)
     out, preact = linear_act_fwd(i.x, i.weight, i.bias, activation="gelu", save_preact=True, config=config(dtype))
     expected = (i.bias if i.bias is not None else torch.zeros(70, dtype=dtype)).expand(18, 70)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bert_fused.tuning import fp32_products
 from checks import (
     ACTIVATIONS,
     DTYPES,
@@ -66,6 +67,26 @@ def test_forward_is_within_the_bound(activation: str, dtype: torch.dtype) -> Non
         assert_forward(out, data.x, data.weight, data.bias, activation, regime)
     if activation == "gelu":
         assert_forward(linear_act(data.x, data.weight), data.x, data.weight, None, activation, "no bias")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("K", "N"), MODELS)
+@pytest.mark.parametrize("M", ROWS)
+def test_tf32_of_random_fp32_is_about_as_exact_as_eager_tf32(M: int, N: int, K: int) -> None:
+    """The tuner's and the benchmark's inputs are exact in TF32, so that only here the rounding to TF32 shows.
+
+    Tensor cores drop the bits that TF32 has not, since the kernel does not round to the nearest. If eager does, with
+    errors of u / sqrt(12) per operand, ours of u / 2 on average and u / sqrt(12) around it are sqrt(7) = 2.65 of its.
+    """
+    data = inputs("unit", M, N, K, torch.float32)
+    preact = linear64(data.x, data.weight, data.bias)
+    with fp32_products("tf32"):
+        out, eagers = linear_act(*vars(data).values(), "none"), eager(*vars(data).values(), "none")
+    # Both operands are off by less than 2^-10 of themselves.
+    assert_within(out, preact, torch.full_like(preact, 2.0**-9 * magnitude(*vars(data).values())))
+    mine, theirs = ((tensor.double() - preact).square().mean().sqrt() for tensor in (out, eagers))
+    assert mine <= 2.8 * theirs, f"RMS error {mine:.2e}, eager's {theirs:.2e}"
+    assert mine > 1e-5 * preact.square().mean().sqrt(), "TF32 was allowed, and not used"
 
 
 @every_dtype

@@ -28,9 +28,9 @@ from bert_fused.kernels.runtime import arch_of
 
 pytestmark = MARKS
 
-SPLIT = Config("pointer", "bfloat16", 32, 64, 64, 4, 3, split_k=4)
+POINTER = Config("pointer", "bfloat16", 64, 64, 64, 4, 3)
 PERSISTENT = Config("tma", "bfloat16", 128, 128, 64, 4, 3, persistent=2, subtiles=2)
-VARIANTS = pytest.mark.parametrize("config", [SPLIT, PERSISTENT], ids=["split", "persistent"])
+VARIANTS = pytest.mark.parametrize("config", [POINTER, PERSISTENT], ids=["pointer", "persistent"])
 
 
 def skip_without_tma(config: Config) -> None:
@@ -70,7 +70,6 @@ def test_variants_give_the_same_bits_every_time(config: Config) -> None:
 @needs_gpu
 @VARIANTS
 def test_a_graph_of_a_variant_replays(config: Config) -> None:
-    """Split-K counts its blocks in memory that each replay must find zeroed."""
     skip_without_tma(config)
     data = inputs("integers", 300, 256, 512, torch.bfloat16)
     arguments: dict[str, Any] = {"activation": "relu", "save_preact": False, "config": config}

@@ -4,7 +4,6 @@ Most run in a process of their own, where a stub stands in for the driver (``lau
 calls is checked here, with calls that run through the interpreter.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -299,26 +298,6 @@ def test_sparse_and_nested_tensors_have_no_dense_ones_key() -> None:
     assert replay.key_of(x, w.to_sparse(), b, "gelu", False) != dense
     assert replay.key_of(x, w, b.to_sparse(), "gelu", False) != dense
     assert replay.key_of(torch.nested.nested_tensor([x, x]), w, b, "gelu", False) is None
-
-
-def test_a_kept_call_that_splits_k_counts_from_zero() -> None:
-    """Each call gets counters of its own, all zero, and sums of its own."""
-    x, w, b = leaves((6, 8), (False, False, False))
-    seen: list[tuple[int, ...]] = []
-
-    def launcher(grid: replay.Grid, stream: int, values: tuple[Any, ...]) -> None:
-        counters = (ctypes.c_int32 * 500).from_address(values[6])
-        seen.append(tuple(counters))
-        counters[:] = [7] * 500
-        (ctypes.c_float * 3000).from_address(values[5])[:] = [7.0] * 3000
-        assert values[7:] == (6, 12, 8)
-
-    launch = replay.Launch(None, bool, launcher, replay.current_device(), (1, 1, 1), (*range(7), 6, 12, 8))
-    workspace = torch.empty(3000), torch.empty(500, dtype=torch.int32)
-    call = replay.fused_call(launch, torch.Size((6, 12)), True, workspace)
-    for _ in range(5):
-        assert call(x, w, b) is not None
-    assert seen == [(0,) * 500] * 5
 
 
 def test_a_lazily_zero_tensor_has_no_address() -> None:

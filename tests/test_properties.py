@@ -99,17 +99,14 @@ def test_forward(
 @st.composite
 def configurations(draw: st.DrawFn, dtype: torch.dtype) -> Config:
     """Any kernel with a tile that the interpreter is quick with, and any of the kernel's options."""
-    kernel = draw(st.sampled_from(["pointer", "split", "tma", "persistent", "library"]))
+    kernel = draw(st.sampled_from(["pointer", "tma", "persistent", "library"]))
     if kernel == "library":
         return Config("library", dtype_name(dtype))
     block_m, block_n, block_k = (draw(st.sampled_from([16, 32, 64])) for _ in range(3))
-    options: dict[str, int | bool] = {"group_m": draw(st.integers(1, 9))}
-    if kernel == "split":
-        options["split_k"] = draw(st.integers(2, 5))
+    options = {"group_m": draw(st.integers(1, 9))}
     if kernel == "persistent":
         options["persistent"] = draw(st.integers(1, 3))
         options["subtiles"] = draw(st.sampled_from([s for s in (1, 2, 4) if block_n // s >= 16]))
-        options |= {"flatten": draw(st.booleans()), "warp_specialize": draw(st.booleans())}
     name = "tma" if kernel in ("tma", "persistent") else "pointer"
     return Config(name, dtype_name(dtype), block_m, block_n, block_k, num_warps=4, num_stages=1, **options)
 

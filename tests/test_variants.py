@@ -1,15 +1,13 @@
-"""The forward kernel's other ways through its tiles: K split between blocks, and blocks that stay for many tiles."""
+"""The forward kernel where blocks stay for many tiles, and store each in one piece or in slices."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from checks import (
     ACTIVATIONS,
     DTYPES,
-    LAYOUTS,
     act64,
     act_grad64,
     assert_forward,
@@ -20,10 +18,8 @@ from checks import (
     linear64,
     make_inputs,
     shape_name,
-    with_layout,
 )
 from interpreter import Sanitizer
-from triton.runtime.interpreter import InterpreterBuilder
 
 from bert_fused import ops
 from bert_fused.kernels import linear_act
@@ -35,24 +31,17 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
-# 3 x 5 tiles with 7 steps of K: no number of blocks or splits divides them. TMA needs multiples of 8.
+# 3 x 5 tiles with 7 steps of K: no number of blocks divides them. TMA needs multiples of 8.
 RAGGED = (37, 136, 200)
 
-SPLITS = {
-    f"split{parts}": Config("pointer", "float16", 16, 32, 32, num_warps=1, num_stages=1, group_m=2, split_k=parts)
-    for parts in (2, 3, 4)
-}
 _persistent = Config("tma", "float16", 16, 32, 32, num_warps=1, num_stages=1, group_m=2, persistent=1)
-PERSISTENT = {
+VARIANTS = {
     "persistent": _persistent,
-    "persistent-2": dataclasses.replace(_persistent, persistent=2, flatten=True),
+    "persistent-2": dataclasses.replace(_persistent, persistent=2),
     "subtiles2": dataclasses.replace(_persistent, subtiles=2),
-    "subtiles4": dataclasses.replace(_persistent, block_n=64, subtiles=4, warp_specialize=True),
+    "subtiles4": dataclasses.replace(_persistent, block_n=64, subtiles=4),
 }
-VARIANTS = SPLITS | PERSISTENT
-
 variants = pytest.mark.parametrize("variant", VARIANTS)
-splits = pytest.mark.parametrize("variant", SPLITS)
 
 
 def config_of(variant: str, dtype: torch.dtype) -> Config:
@@ -62,12 +51,7 @@ def config_of(variant: str, dtype: torch.dtype) -> Config:
 @pytest.mark.parametrize(
     ("variant", "activation"),
     [(variant, "gelu") for variant in VARIANTS]
-    + [
-        (variant, activation)
-        for variant in ("split3", "subtiles2")
-        for activation in ACTIVATIONS
-        if activation != "gelu"
-    ],
+    + [("subtiles2", activation) for activation in ACTIVATIONS if activation != "gelu"],
 )
 @all_dtypes
 def test_every_element_within_the_bound(variant: str, dtype: torch.dtype, activation: str) -> None:
@@ -88,7 +72,7 @@ def test_every_element_within_the_bound(variant: str, dtype: torch.dtype, activa
 @pytest.mark.parametrize("shape", [(1, 8, 8), (16, 32, 32), (21, 72, 40), (64, 64, 104), (5, 264, 256)], ids=shape_name)
 @variants
 def test_integers_are_exact(variant: str, shape: tuple[int, int, int], bias: bool) -> None:
-    """From one tile, fewer than there are blocks, to many; K of fewer steps than splits, and ragged."""
+    """From one tile, fewer than there are blocks, to many; K ragged."""
     i = make_inputs("integers", *shape, torch.float16, bias=bias)
     config = config_of(variant, torch.float16)
     out, preact = linear_act_fwd(i.x, i.weight, i.bias, activation="relu", save_preact=True, config=config)
@@ -102,39 +86,13 @@ def test_integers_are_exact(variant: str, shape: tuple[int, int, int], bias: boo
 @pytest.mark.parametrize("shape", [(1, 8, 8), (19, 72, 40), (40, 72, 96)], ids=shape_name)
 @variants
 def test_memory(sanitized: Sanitizer, variant: str, shape: tuple[int, int, int], save_preact: bool) -> None:
-    """Nothing outside the tensors is touched; outputs, and all of the workspace, are written exactly once."""
+    """Nothing outside the tensors is touched; outputs are written exactly once."""
     i = make_inputs("unit", *shape, torch.float16)
     config = config_of(variant, torch.float16)
     out, _ = linear_act_fwd(i.x, i.weight, i.bias, activation="gelu", save_preact=save_preact, config=config)
     assert_forward(out, i.x, i.weight, i.bias, "gelu")
     (launch,) = sanitized.launches
-    expected = dict.fromkeys(["out_ptr", "preact_ptr"][: 1 + save_preact], out.numel())
-    if config.split_k > 1:
-        tiles = -(-shape[0] // config.block_m) * -(-shape[1] // config.block_n)
-        expected["partial_ptr"] = tiles * config.split_k * config.block_m * config.block_n
-    assert launch.stored == expected
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
-@splits
-def test_no_inputs_give_the_activation_of_the_bias(variant: str, bias: bool) -> None:
-    i = make_inputs("unit", 18, 70, 0, torch.float16, bias=bias)
-    config = config_of(variant, torch.float16)
-    out, preact = linear_act_fwd(i.x, i.weight, i.bias, activation="gelu", save_preact=True, config=config)
-    assert preact is not None
-    assert torch.equal(preact, (i.bias if i.bias is not None else torch.zeros(70).half()).expand(18, 70))
-    assert_forward(out, i.x, i.weight, i.bias, "gelu")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("argument", ["x", "weight"])
-def test_layouts(argument: str, layout: str) -> None:
-    i = make_inputs("integers", 19, 70, 145, torch.float16)
-    args = {"x": i.x, "weight": i.weight}
-    args[argument] = with_layout(args[argument], layout)
-    config = config_of("split3", torch.float16)
-    out, _ = linear_act_fwd(**args, bias=i.bias, activation="none", save_preact=False, config=config)
-    assert torch.equal(out.double(), linear64(args["x"], args["weight"], i.bias))
+    assert launch.stored == dict.fromkeys(["out_ptr", "preact_ptr"][: 1 + save_preact], out.numel())
 
 
 @variants
@@ -151,7 +109,7 @@ def test_nan_stays_in_its_row_and_column(variant: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
-@pytest.mark.parametrize("variant", ["split3", "subtiles2"])
+@pytest.mark.parametrize("variant", ["persistent", "subtiles2"])
 @all_dtypes
 def test_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, variant: str, activation: str) -> None:
     """What a variant saves for the backward pass is what it should be."""
@@ -171,69 +129,3 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, variant:
         ("d_x", "d_weight", "d_bias"), grads(ops.linear_act), grads(eager), refs, strict=True
     ):
         assert_grad(actual, baseline, ref, name)
-
-
-# ------------------------------------------------------------------------------------------------------------ workspace
-
-
-def watch_blocks(monkeypatch: pytest.MonkeyPatch, watch: Callable[[int], int]) -> None:
-    """Have the interpreter ask ``watch`` which block to run as each comes up."""
-    set_grid_idx = InterpreterBuilder.set_grid_idx
-
-    def watched(self: Any, x: int, y: int, z: int) -> None:
-        set_grid_idx(self, watch(x), y, z)
-
-    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", watched)
-
-
-@splits
-def test_the_order_of_arrival_changes_no_bit(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    i = make_inputs("unit", 16, 32, 1024, torch.float32)
-    config = config_of(variant, torch.float32)
-
-    def run() -> torch.Tensor:
-        return linear_act_fwd(i.x, i.weight, i.bias, activation="none", save_preact=False, config=config)[0]
-
-    in_order = run()
-    for order in ([3, 2, 1, 0], [2, 0, 3, 1]):
-        with monkeypatch.context() as patch:
-            blocks = [block for block in order if block < config.split_k]
-            watch_blocks(patch, lambda block, blocks=blocks: blocks[block])
-            assert torch.equal(run(), in_order)
-
-
-@splits
-def test_a_launch_that_died_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    i = make_inputs("integers", *RAGGED, torch.float16)
-    args: dict[str, Any] = {"activation": "none", "save_preact": False, "config": config_of(variant, torch.float16)}
-
-    def die(block: int) -> int:
-        if block == 7:
-            raise KeyboardInterrupt
-        return block
-
-    with monkeypatch.context() as patch:
-        watch_blocks(patch, die)
-        with pytest.raises(KeyboardInterrupt):
-            linear_act_fwd(i.x, i.weight, i.bias, **args)
-    out, _ = linear_act_fwd(i.x, i.weight, i.bias, **args)
-    assert torch.equal(out.double(), linear64(i.x, i.weight, i.bias))
-
-
-@splits
-def test_overlapping_launches_share_nothing(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    """A second launch of the same shape runs while the first is halfway through its blocks."""
-    first, second = (make_inputs("integers", *RAGGED, torch.float16, seed=seed) for seed in (0, 1))
-    args: dict[str, Any] = {"activation": "none", "save_preact": False, "config": config_of(variant, torch.float16)}
-    inner = []
-
-    def interrupt(block: int) -> int:
-        if block == 7 and not inner:
-            inner.append(None)
-            inner[0] = linear_act_fwd(second.x, second.weight, second.bias, **args)[0]
-        return block
-
-    watch_blocks(monkeypatch, interrupt)
-    outer, _ = linear_act_fwd(first.x, first.weight, first.bias, **args)
-    assert torch.equal(outer.double(), linear64(first.x, first.weight, first.bias))
-    assert torch.equal(inner[0].double(), linear64(second.x, second.weight, second.bias))

@@ -45,8 +45,6 @@ TMA_TILES: tuple[Tile, ...] = (
     (256, 128, 64, 8, 3),
 )
 POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
-# All 255 registers of each thread, and not one more: bf16 alone has that few instructions.
-BF16_TILES: tuple[Tile, ...] = ((128, 128, 64, 4, 3),)
 # Tiles that get 8 warps on some architectures: with 4 a thread is given too few registers (the second: by Triton 3.9).
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
 
@@ -68,9 +66,8 @@ CHIPS = {
     90: Chip(132, 1.755, 4096, 14.4),
     100: Chip(148, 1.85, 8192, 28.0),
 }
-# Bytes per clock from L2 to an SM, and to and from its shared memory; clocks until a load arrives, and of a second
-# launch (that zeroes counters).
-L2_BYTES, SHARED_BYTES, LATENCY, LAUNCH = 64, 128, 800, 2500
+# Bytes per clock from L2 to an SM, and to and from its shared memory; clocks until a load arrives.
+L2_BYTES, SHARED_BYTES, LATENCY = 64, 128, 800
 # Instructions per element after the product, and how many lanes an SM issues per clock.
 EPILOGUE, ISSUE = 12, 128
 
@@ -82,7 +79,7 @@ def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
     shared memory. The order is the same in every process.
     """
     library = Config("library", dtype)
-    if arch != 0 and (dtype == "float32" or K == 0):
+    if K == 0 or (arch != 0 and dtype == "float32"):
         return [library]
     chosen = get_config(M, N, K, dtype, arch, aligned=True)
     if arch == 0:
@@ -102,16 +99,13 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
     rows = 2 * max(M, 16)  # a taller tile would compute mostly rows that are not there
     pointer_tiles = (*SMALL_TILES, *MIDDLE_TILES) if M <= 256 else MIDDLE_TILES
     if not tma:
-        pointer_tiles = (*pointer_tiles, *POINTER_TILES, *(BF16_TILES if dtype == "bfloat16" else ()))
+        pointer_tiles = (*pointer_tiles, *POINTER_TILES)
     for tile in pointer_tiles:
         if arch in MORE_WARPS.get(tile, ()):
             tile = (*tile[:3], 8, tile[4])
         if tile[0] >= rows or (tile[0] < 64 and tile[0] < M // 4):
             continue
-        plain = config("pointer", tile)
-        yield plain
-        if K >= 768 and tile[0] < 64 and _tiles(plain, M, N) < 66:
-            yield from (dataclasses.replace(plain, split_k=parts) for parts in (2, 4))
+        yield config("pointer", tile)
     if not tma or M <= 256 or dtype == "tf32":
         return
     for tile in TMA_TILES:
@@ -121,12 +115,11 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
         yield plain
         # A grid that outlives its tiles pays only where each block has several.
         if _tiles(plain, M, N) > 2 * chip_of(arch).sms:
-            for subtiles in (1, 2) if tile[1] >= 128 else (1,):
+            # In two slices the widest tile spills on sm_100 with Triton 3.8 and 3.9.
+            in_two = tile[1] == 128 or (tile[1] == 256 and arch < 100)
+            for subtiles in (1, 2) if in_two else (1,):
                 looped = dataclasses.replace(plain, persistent=1, subtiles=subtiles)
                 yield dataclasses.replace(looped, persistent=resident_blocks(looped, arch))
-    if arch < 100 and _tiles(config("tma", (64, 128, 64, 4, 3)), M, N) > 2 * chip_of(arch).sms:
-        yield config("tma", (64, 128, 64, 4, 3), persistent=1, warp_specialize=True)
-        yield config("tma", (128, 128, 64, 4, 3), persistent=2, subtiles=2, flatten=True)
 
 
 def _interpreted(M: int, dtype: str) -> Iterator[Config]:
@@ -134,7 +127,7 @@ def _interpreted(M: int, dtype: str) -> Iterator[Config]:
     plain = default_config(M, dtype, 0)
     yield plain
     yield dataclasses.replace(plain, block_m=32)
-    yield dataclasses.replace(plain, split_k=2)
+    yield dataclasses.replace(plain, block_k=64)
 
 
 def chip_of(arch: int) -> Chip:
@@ -156,8 +149,7 @@ def shared_bytes(config: Config, arch: int) -> int:
     in_place = 90 <= arch < 120 and config.block_m >= 64
     pipeline = operands * (config.num_stages if in_place else max(config.num_stages - 1, 1))
     store = config.block_m * config.block_n // config.subtiles * _itemsize(config) if config.persistent else 0
-    # Warp specialization keeps the buffers of the output and of the pre-activation apart.
-    return pipeline + store * (2 if config.warp_specialize else 1) + 1024
+    return pipeline + store + 1024
 
 
 def resident_blocks(config: Config, arch: int) -> int:
@@ -196,9 +188,9 @@ def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
     """Clocks of a launch by a model of matrix rate, L2, memory, latency and overlap. For ranking, not for reports."""
     chip = chip_of(arch)
     itemsize = _itemsize(config)
-    steps = math.ceil(K / config.block_k / config.split_k)
+    steps = math.ceil(K / config.block_k)
     step = step_clocks(config, arch)
-    blocks = _tiles(config, M, N) * config.split_k
+    blocks = _tiles(config, M, N)
     per_sm = math.ceil(blocks / chip.sms)
     resident = min(per_sm, config.persistent or resident_blocks(config, arch))
     product = steps * step
@@ -206,10 +198,7 @@ def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
     if resident > 1:  # one block's epilogue hides behind another's product
         busy = per_sm * max(product, epilogue) + min(product, epilogue)
     else:
-        busy = per_sm * (product + epilogue) + (0 if config.flatten else (per_sm - 1) * LATENCY)
+        busy = per_sm * (product + epilogue) + (per_sm - 1) * LATENCY
     waiting = math.ceil(per_sm / resident) * math.ceil(steps / config.num_stages) * LATENCY
     memory = (M * K + N * K + M * N) * itemsize / (chip.memory * chip.sms)
-    workspace = 0.0
-    if config.split_k > 1:
-        workspace = LAUNCH + 2 * LATENCY + 8 * config.block_m * config.block_n * config.split_k / L2_BYTES
-    return max(busy, waiting, memory) + LATENCY + workspace
+    return max(busy, waiting, memory) + LATENCY
