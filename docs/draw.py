@@ -29,7 +29,7 @@ Span = tuple[float, float, str]
 
 
 def timelines() -> dict[str, list[list[Span]]]:
-    """What the blocks on one SM do, by the cycle model of bert_fused/tune/candidates.py: a list of spans for each block."""
+    """What the blocks on one SM do, by the tuner's cycle model (tune/candidates.py): spans for each block."""
     product = K / TILE.block_k * step_clocks(TILE, ARCH)
     epilogue = TILE.block_m * TILE.block_n * EPILOGUE / ISSUE
     alone: list[Span] = []
