@@ -28,7 +28,7 @@ from typing import Any
 from . import stub_driver
 from .records import ROOT
 
-# docs/design.md; ours over eager's.
+# Ours over eager's: docs/design/host.md.
 BUDGETS = {"nograd": 0.75, "grad": 1.0}
 
 MODES = ("nograd", "grad", "frozen_grad")

@@ -19,7 +19,7 @@ from bert_fused.timing import MIN_CALLS, Call, buffer_count
 from bert_fused.tune import accuracy
 from bert_fused.tune.accuracy import rows_of
 
-# A gradient of ours, in RMS against fp64, may be this many times eager's: docs/design.md.
+# A gradient of ours, in RMS against fp64, may be this many times eager's: docs/design/error.md.
 GRADIENT_RATIO = 1.05
 
 

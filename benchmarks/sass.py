@@ -1,7 +1,7 @@
 """What the compiler makes of every configuration shipped or offered to the tuner: registers, spills, waits, order.
 
 Needs no GPU: Triton compiles for an architecture by name, and the disassembler it bundles reads the result. The times
-are modelled and prove nothing about speed. Exits with 1 if a budget of docs/design.md is broken.
+are modelled and prove nothing about speed. Exits with 1 if a budget of docs/design/kernels.md is broken.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def _microseconds(clocks: float, chip: Chip) -> float:
 
 
 def broken_budgets(row: dict[str, Any]) -> list[str]:
-    """What of docs/design.md a row breaks, in words."""
+    """What is wrong with a row, one line for each budget of docs/design/kernels.md that it breaks."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     broken = []

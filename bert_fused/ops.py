@@ -70,7 +70,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     """Keep what the wanted gradients need, and nothing else.
 
     The pre-activation is kept as an output, although no caller sees it: a saved output knows where it came from, so
-    that double backward differentiates through it without x, weight and bias (docs/design.md).
+    that double backward differentiates through it without x, weight and bias (docs/design/autograd.md).
     """
     x, weight, bias, activation, save_preact = inputs
     out, preact = output

@@ -75,7 +75,7 @@ def error_bound(
     """The largest error we promise for each element of ``exact``, the result in fp64 of the same rounded inputs.
 
     One rounding to ``dtype``, plus fp32 accumulation over K terms: (1 + 2^-6) u |exact| + 2^-23 (1 + K / 16) a, with a
-    the largest sum of |x| |w| + |b| over all outputs. Where it comes from: docs/design.md.
+    the largest sum of |x| |w| + |b| over all outputs. Where it comes from: docs/design/error.md.
     """
     largest = x.double().abs() @ weight.double().abs().t()
     if bias is not None:

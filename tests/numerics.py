@@ -1,7 +1,7 @@
 """How far results are from fp64, ours and eager's, for every dtype, activation and K: writes ``docs/numerics.md``.
 
 ``PYTHONPATH=. python tests/numerics.py`` measures on the GPU if there is one, into a page of its own, else in Triton's
-interpreter. Same inputs and versions, same page. Exits with 1 if an error is larger than docs/design.md promises.
+interpreter. Same inputs and versions, same page. Exits with 1 if an error is larger than docs/design/error.md promises.
 """
 
 import argparse

@@ -34,7 +34,7 @@ class Row:
 
 
 def broken(row: Row) -> list[str]:
-    """What of docs/design.md's promises a row breaks, in words. NaN breaks all of them."""
+    """One line for each promise of docs/design/error.md that a row breaks. NaN breaks all of them."""
     promises = {f"{row.ours.share:.3f} of the promised error": row.ours.share <= 1}
     if row.tensor == "out" and row.dtype != torch.float32:
         for name in ("max", "rms"):
@@ -64,8 +64,8 @@ Written by `make numerics`; not to be edited.
   is half the distance of neighbouring numbers: 2^-11 (fp16), 2^-8 (bf16), 2^-24 (fp32). "max" is the largest error of
   any element (a large element rounds by more), "RMS" the root of the mean square.
 - **ours** is `bert_fused.linear_act` and its backward; **eager** is `F.linear`, the activation and autograd.
-- **bound** is the largest part of the [promised elementwise error](design.md#error) that any element uses, so at most
-  1.00 for ours. The bound's second part, accumulation, grows with K, and so does what hides below it.
+- **bound** is the largest part of the [promised elementwise error](design/error.md#error) that any element uses, so
+  at most 1.00 for ours. The bound's second part, accumulation, grows with K, and so does what hides below it.
 - **d_x, d_weight, d_bias** are compared with gradients in fp64 throughout, so that the rounding of the pre-activation,
   ours and eager's, is part of their error. Their matrix products are PyTorch's own on both sides. **d_preact** is the
   backward kernel alone, at the rounded pre-activation (ReLU and tanh: output) that both are given.

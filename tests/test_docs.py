@@ -21,6 +21,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "design").glob("*.md")),
 ]
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -93,6 +94,33 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_of_links_are_headings_of_the_page() -> None:
+    found = [
+        (page, target, anchor)
+        for page in PAGES
+        for target, anchor in re.findall(r"\]\(([^)#:]*\.md)#([^)]+)\)", page.read_text())
+    ]
+    assert len(found) >= 3
+    for page, target, anchor in found:
+        assert anchor in anchors(page.parent / target), f"{page.name} links {target}#{anchor}"
+
+
+def test_design_is_split_into_short_pages_that_its_readme_lists() -> None:
+    folder = ROOT / "docs" / "design"
+    listed = (folder / "README.md").read_text()
+    for page in folder.glob("*.md"):
+        lines = page.read_text().splitlines()
+        assert len(lines) < 150, page.name
+        assert max(map(len, lines)) <= 120, page.name
+        assert page.name == "README.md" or f"| [{page.name}]({page.name}) |" in listed, page.name
 
 
 def drawn(svg: Path) -> list[tuple[str, str]]:

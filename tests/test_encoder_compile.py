@@ -1,4 +1,4 @@
-"""torch.compile on models with fused encoders: results, graph breaks and recompiles, as docs/design.md states them."""
+"""torch.compile on models with fused encoders: results, graph breaks and recompiles (docs/design/encoder.md)."""
 
 import copy
 

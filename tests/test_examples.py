@@ -103,7 +103,8 @@ def test_an_interrupted_fine_tune_ends_as_one_that_was_not(tmp_path: Path) -> No
 
 def texts() -> dict[int, str]:
     """Of very different length, each its own."""
-    words = (ROOT / "docs" / "design.md").read_text().split()
+    pages = sorted((ROOT / "docs" / "design").glob("*.md"))
+    words = " ".join(page.read_text() for page in pages).split()
     return {i: " ".join(words[7 * i : 7 * i + 3 + (37 * i) % 100]) for i in range(320)}
 
 

@@ -154,7 +154,7 @@ def test_bert_shapes_are_no_worse_than_eager(K: int, N: int, M: int, dtype: torc
         out = linear_act(x, weight, bias, "gelu")
         assert_forward(out, x, weight, bias, "gelu", regime)
         ref = act64(linear64(x, weight, bias), "gelu")
-        # Why fp16 is allowed more: docs/design.md.
+        # Why fp16 is allowed more: docs/design/error.md.
         allowed = accumulation_bound(x, weight, bias) if dtype == torch.float16 else 0.0
         assert_no_worse_than_eager(out, eager(x, weight, bias, "gelu"), ref, accumulation=allowed, what=regime)
 
