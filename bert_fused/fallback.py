@@ -65,7 +65,7 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def tensor_reason(tensor: Tensor) -> str | None:
-    """Why a tensor is not a plain block of numbers that a kernel may read, or None if it is one."""
+    """Why a kernel cannot read a tensor as a plain block of numbers, or None."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"{type(tensor).__name__} is a tensor subclass"
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -77,7 +77,7 @@ def tensor_reason(tensor: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tracer_reason() -> str | None:
-    # Not for Dynamo to trace: it takes both for true in every case (is_exporting up to torch 2.11).
+    # Dynamo must not trace this: it takes both conditions for true in every case (is_exporting up to torch 2.11).
     if torch.compiler.is_exporting():
         return "torch.export is tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -91,7 +91,7 @@ def forward_ad_is_active() -> bool:
 
 
 def mode_reason() -> str | None:
-    """Why operations must stay visible to PyTorch just now, where a raw launch would be silently lost, or None."""
+    """Why PyTorch must see the operations of this call, and would not see a raw launch; None if it need not."""
     reason = _tracer_reason()
     if reason is not None:
         return cast(str, reason)
@@ -107,7 +107,7 @@ def mode_reason() -> str | None:
 
 
 def reading_reason(tensor: Tensor) -> str | None:
-    """Why a tensor's values cannot be read just now, or must not decide what is computed, or None."""
+    """Why a tensor's values cannot be read in this call, or must not decide what is computed; else None."""
     reason = _tracer_reason()
     if reason is not None:
         return cast(str, reason)
@@ -123,11 +123,11 @@ def reading_reason(tensor: Tensor) -> str | None:
 
 
 def is_plain(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether a call that nothing compiles or exports has to do with no subclass, mode, transform, tracing, autocast or
-    negated tensor, and kernels are on.
+    """Whether kernels are on, and no subclass, mode, transform, tracing, autocast or negated tensor is involved.
 
-    All that ``linear_act`` looks for and that is not a matter of dtype, device or shape, in as few steps as can be. For
-    lazily zero tensors, whose address is 0, see ``kernels/replay.py``.
+    Assumes that torch.compile and torch.export are not tracing. These are the checks of ``linear_act`` that do not
+    depend on dtype, device or shape, in the fewest steps. ``kernels/replay.py`` finds lazily zero tensors: their
+    address is 0.
     """
     return (
         type(x) is Tensor
@@ -152,5 +152,5 @@ def fallback_reason(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | Non
 
 @functools.cache
 def log_once(reason: str) -> None:
-    """Say why an NVIDIA GPU runs the PyTorch path, once per reason."""
+    """Warn once for each reason that an NVIDIA GPU runs the PyTorch path."""
     logger.warning("using PyTorch instead of a fused kernel: %s", reason)

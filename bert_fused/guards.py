@@ -1,4 +1,4 @@
-"""Whether a module does what its class's source says: no replaced ``forward``, nobody's hooks."""
+"""Detect patched forwards and user hooks; read the signatures of forwards."""
 
 import inspect
 import os
@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-# The ``forward`` of each class that was found to be its own file's: reading its code in every call takes a microsecond.
+# Class -> its ``forward``, once that was found to be code of the class's file. Reading code takes a microsecond a call.
 forwards: dict[type[nn.Module], Any] = {}
 
-# Its hooks stay on layers for good once hidden states were asked for, and do nothing unless they are asked for again.
+# This module's hooks stay on layers for good once hidden states were asked for, and are idle in calls that do not ask.
 _CAPTURING = "transformers.utils.output_capturing"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def class_is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's ``forward``, less decorators of its own package, is not code of the file that defines it."""
+    """Whether a class's ``forward``, without the decorators of its package, is code of another file than the class."""
     forward = kind.forward
     if forward is forwards.get(kind):
         return False
@@ -43,7 +43,7 @@ def _file_of(function: Any) -> str:
 
 
 def hook_reason(module: nn.Module) -> str | None:
-    """Why calling ``module`` may not be its class's ``forward``, in words, or None."""
+    """Why calling ``module`` may run more or other code than its class's ``forward``, or None."""
     attributes = module.__dict__
     if "forward" in attributes or "_hf_hook" in attributes:
         return "a forward of its own"
@@ -59,7 +59,7 @@ def hook_reason(module: nn.Module) -> str | None:
 
 
 def watch_reason(module: nn.Module, ours: tuple[Any, ...] = ()) -> str | None:
-    """As ``hook_reason``, but for hooks in ``ours`` and those that transformers left behind."""
+    """As ``hook_reason``, but hooks in ``ours`` and those that transformers left behind do not count."""
     reason = hook_reason(module)
     if reason != "hooks" or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
         return reason
@@ -69,9 +69,9 @@ def watch_reason(module: nn.Module, ours: tuple[Any, ...] = ()) -> str | None:
 
 
 class Signature(NamedTuple):
-    """What a class's ``forward`` takes besides ``self``.
+    """The arguments of a class's ``forward``, without ``self``.
 
-    positional, names: the names of its positional arguments, and of all. takes_more: it has ``**kwargs``.
+    positional: names of the positional arguments. names: names of all arguments. takes_more: it has ``**kwargs``.
     """
 
     positional: tuple[str, ...]
@@ -97,5 +97,5 @@ def signature_of(kind: type[nn.Module]) -> Signature:
 
 
 def arguments(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call of ``kind.forward`` is given, by name. Positional arguments that it has no name for are left out."""
+    """The arguments of a call of ``kind.forward`` by name. Surplus positional arguments are left out."""
     return dict(zip(signature_of(kind).positional, args, strict=False)) | kwargs

@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 _MATCHED_BY_NAME = "its class is named in _no_split_modules"
 
-# Attributes that ``fuse`` gives to instances, where they are not what the class says.
+# Attributes that ``fuse`` sets on instances where they differ from the class's.
 _OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only", "under_head")
 
 
@@ -74,9 +74,9 @@ def fuse(
     """Fuse every linear layer and its activation of a Hugging Face model, in place, and on request its encoder.
 
     Fused are intermediates, poolers, MLPs and heads whose class's own code has a known form (``docs/models.md``).
-    Results stay those of the model, gradients included. A module whose parts are not what they seem (an adapter, a
-    hook, quantised weights, an activation without a kernel) is left alone and named in the report. If that happens
-    after fusing, the module runs Hugging Face's own forward for as long as it is so: this is looked up on every call.
+    Results stay those of the model, gradients included. A module with an adapter, a hook, quantised weights or an
+    activation without a kernel is left alone and named in the report. Every call checks this again: a module that gets
+    one of these after fusing runs Hugging Face's own forward for as long as it has it.
 
     Options hold for every module in the report, also one fused before.
 
@@ -86,9 +86,9 @@ def fuse(
             instead of keeping it (see ``linear_act``).
         unpad: compute nothing at padding. Hidden states are zeros there; at real tokens they are the model's, and so is
             what its head returns. This and ``cls_only`` are for bert, roberta, xlm-roberta, camembert and electra.
-        cls_only: compute the last layer for position 0 only. ``"auto"``: in eval mode, where a head that reads nothing
-            else calls (sequence classification, next sentence, multiple choice). ``True``: also when the model itself
-            is called, whose ``last_hidden_state`` is then ``[B, 1, H]``, for embeddings taken from position 0.
+        cls_only: compute the last layer for position 0 only. ``"auto"``: in eval mode, inside a head that reads no
+            other position (sequence classification, next sentence, multiple choice). ``True``: also when the model itself is
+            called; its ``last_hidden_state`` is then ``[B, 1, H]``, for embeddings taken from position 0.
         skip_pooler: leave out the pooler of a model without a head; ``pooler_output`` is then None.
 
     Raises:
@@ -166,7 +166,7 @@ def _apply(changes: Iterable[_Change]) -> None:
 
 @dataclass
 class _Plan:
-    """What a report will say, and what is to change in modules that are not fused yet and in those that are."""
+    """The content of a report, and the changes: ``now`` in modules not fused yet, ``before`` in those that are."""
 
     fused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -181,7 +181,7 @@ class _Plan:
 
 
 def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
-    """The report, and what is to change in modules that are not fused yet and in those that are."""
+    """The report, and the changes in modules not fused yet and in those that are. Changes nothing."""
     _check(model)
     plan = _Plan()
     encoder_sites = list(hooks.encoder_sites(model))
@@ -203,7 +203,7 @@ def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change]
 
 
 def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
-    """Blocks. unread: ids of the poolers to skip."""
+    """Plan the linear layers with their activations. unread: ids of the poolers to skip."""
     for name, module in model.named_modules():
         already, wrapped = modules.original_class(module), modules.wrapped_class(module)
         target = modules.fused_class(already or wrapped or type(module))
@@ -231,13 +231,13 @@ def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_nam
 def _plan_encoder(
     plan: _Plan, site: hooks.EncoderSite, options: Options, matched_by_name: set[str], pools: bool
 ) -> None:
-    """An encoder at a ``hooks.EncoderSite``. pools: a pooler reads its result."""
+    """Plan an encoder and its attentions. pools: a pooler reads its result."""
     already = modules.original_class(site.encoder)
     settings, does, reason = hooks.settings(site, options.unpad, options.cls_only, pools)
     if settings and type(site.encoder).__name__ in matched_by_name:
         settings, reason = {}, _MATCHED_BY_NAME
     if settings or already:
-        # Also of layers that were swapped before and are no longer where they were.
+        # Also in layers that were moved after they were fused.
         fused = [module for module in site.encoder.modules() if encoder.is_fused_attention(module)]
         was = {module: kind for module in fused if (kind := modules.original_class(module)) is not None}
         plan.before += [_Change(attention, original, {}) for attention, original in was.items()]
@@ -256,7 +256,7 @@ def _plan_encoder(
 
 
 def _names_others_match(model: nn.Module) -> set[str]:
-    """Class names that accelerate and FSDP look for; a module under another name would no longer be found."""
+    """Class names that accelerate and FSDP look for; they would not find a module whose class has another name."""
     names: set[str] = set()
     for module in model.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())

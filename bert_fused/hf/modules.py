@@ -1,7 +1,7 @@
 """Drop-in subclasses of Hugging Face's modules that call the fused kernels. Needs transformers.
 
 ``FusedBertIntermediate(config)`` and ``FusedBertPooler(config)`` take Hugging Face's arguments and have its parameters.
-Every other class that ``blocks.py`` knows gets a ``Fused...`` counterpart when it is first asked for.
+Every other class that ``recognize.py`` knows gets a ``Fused...`` counterpart when it is first asked for.
 """
 
 import functools
@@ -23,14 +23,14 @@ from ..ops import cls_pool, linear_act
 from ..unpad.encoder import PREFIXES, FusedAttention, FusedEncoder, FusedSelfAttention
 from .recognize import INTERMEDIATE, POOLER, Block, block_of, formula_of
 
-# The classes of the five families that are swapped with an encoder: name -> where it comes from, what is mixed in.
+# The classes of the five families that are swapped with an encoder: name -> module that defines it, class to mix in.
 _ENCODER_CLASSES: dict[str, tuple[str, type[nn.Module]]] = {
     f"{prefix}{part}": (home, mixin)
     for home, prefix in PREFIXES.items()
     for part, mixin in (("Encoder", FusedEncoder), ("SelfAttention", FusedSelfAttention), ("Attention", FusedAttention))
 }
 
-# Otherwise not even the question what serves a call, some microseconds, is asked for a CPU's tensors.
+# Without the interpreter no kernel serves a CPU tensor, and asking which path does would cost microseconds.
 _CPU_HAS_KERNELS = interpreted()
 
 _ACTIVATION_OF_TYPE = {
@@ -55,7 +55,7 @@ _ACTIVATION_OF_FUNCTION = {
 
 
 def activation_name(function: Any) -> str | None:
-    """The kernels' name for an activation of transformers or torch, a module or a function; None if they have none."""
+    """The kernels' name for an activation of transformers or torch, a module or a function; None if unknown."""
     if not isinstance(function, nn.Module):
         try:
             return _ACTIVATION_OF_FUNCTION.get(function) or formula_of(function)
@@ -82,7 +82,7 @@ def activation_name(function: Any) -> str | None:
 
 
 def linear_reason(linear: Any, name: str = "dense") -> str | None:
-    """Why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None if it cannot."""
+    """Why ``linear`` may not compute ``F.linear`` of its weight and bias, or None."""
     if type(linear) is not nn.Linear:
         return f"its {name} layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
     if class_is_patched(nn.Linear):
@@ -92,7 +92,7 @@ def linear_reason(linear: Any, name: str = "dense") -> str | None:
 
 
 def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
-    """A module's activation, its dense layer, and that one's weight and bias. ``getattr`` takes ten times as long."""
+    """A module's activation, dense layer, weight and bias. ``getattr`` would take ten times as long."""
     try:
         children: Any = module._modules
         dense = children["dense"]
@@ -104,9 +104,9 @@ def _parts(module: nn.Module, function: str) -> tuple[Any, Any, Any, Any]:
 
 
 def step_aside_reason(module: nn.Module, block: Block) -> str | None:
-    """Why a module must run Hugging Face's own code, or None if a fused one computes the same.
+    """Why a module must run Hugging Face's own code, or None.
 
-    For the report of ``fuse``. Every call looks again, since users add adapters, hooks and quantised layers any time.
+    For the report of ``fuse``. Every call checks again, since users add adapters, hooks and quantised layers any time.
     """
     for name in ("forward", block.method):
         if name in module.__dict__:
@@ -133,15 +133,15 @@ def step_aside_reason(module: nn.Module, block: Block) -> str | None:
 
 
 def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
-    """Whether FSDP2 keeps a shard in a parameter's place between calls, and the whole, plain tensor during them.
+    """Whether FSDP2 holds a parameter as a shard between calls and as a whole, plain tensor during them.
 
-    A tensor-parallel parameter stays a DTensor; its linear layer has hooks, which are looked for before.
+    A tensor-parallel parameter is a DTensor during calls too; its linear layer has hooks, which are checked before.
     """
     return type(parameter).__name__ == "DTensor" and bool(getattr(linear, "_is_fsdp_managed_module", False))
 
 
 def path_of(module: nn.Module, block: Block) -> str:
-    """Which path a fused module takes on its weight's device, in words."""
+    """The path of a fused module on its weight's device, as the report prints it."""
     weight = cast(nn.Linear, getattr(module, block.linear)).weight
     reason = device_reason(weight.device, weight.dtype)
     path = "Triton" if reason is None else f"PyTorch ({reason})"
@@ -149,7 +149,7 @@ def path_of(module: nn.Module, block: Block) -> str:
 
 
 def _activation_of(module: nn.Module, original: type[nn.Module], block: Block) -> Any:
-    """The activation as it is now: an attribute, or what the file of the module's class calls by that name."""
+    """The present activation: an attribute, or the function of that name in the file of the module's class."""
     if not block.activation.endswith("()"):
         return getattr(module, block.activation, None)
     function: Any = sys.modules[original.__module__]
@@ -163,7 +163,7 @@ def _describe(function: Any) -> str:
 
 
 def _original_now(module: nn.Module) -> type[nn.Module]:
-    """Hugging Face's class, also if another thread has given it back to the module since the call began."""
+    """Hugging Face's class, even if another thread has unfused the module since the call began."""
     kind = type(module)
     return cast(type[nn.Module], getattr(kind, "original", kind))
 
@@ -171,7 +171,7 @@ def _original_now(module: nn.Module) -> type[nn.Module]:
 def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden_states: Any) -> str | None:
     """The kernels' name for a module's activation, or None if the module must step aside in this call.
 
-    Looks at what can change between calls, the likely answer in as few steps as can be; ``linear_act`` looks at the
+    Checks what can change between calls, the usual case first and in the fewest steps; ``linear_act`` checks the
     tensors.
     """
     if (
@@ -197,7 +197,7 @@ def _activation_now(original: type[nn.Module], function: Any, dense: Any, hidden
 
 
 def _is_touched(attributes: dict[str, Any]) -> Any:
-    """Whether a module, by its attributes, runs more than its class's ``forward``, global hooks aside."""
+    """Whether a module's attributes add to or replace its class's ``forward``. Global hooks are checked apart."""
     return (
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
@@ -210,7 +210,7 @@ def _is_touched(attributes: dict[str, Any]) -> Any:
 
 class _FusedIntermediate(nn.Module):
     original: type[nn.Module]
-    # An argument of ``linear_act``. ``fuse`` makes it an attribute of the instance where it is true, and only there.
+    # An argument of ``linear_act``. ``fuse`` sets it on the instance if it is true.
     recompute_preact = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class _FusedIntermediate(nn.Module):
 class _FusedPooler(nn.Module):
     original: type[nn.Module]
     recompute_preact = False
-    # Whether nobody reads the pooled output, so that it need not be computed. Set by ``fuse``, like the above.
+    # Whether to leave out the pooled output. Set by ``fuse``, like the above.
     skip = False
 
     def forward(self, hidden_states: Tensor) -> Tensor | None:
@@ -244,7 +244,7 @@ class _FusedPooler(nn.Module):
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module's dropout may do anything."""
+    """Whether a module's dropout may change its input."""
     dropout = module.dropout
     if type(dropout) is not nn.Dropout or hook_reason(dropout) is not None or class_is_patched(nn.Dropout):
         return True
@@ -252,7 +252,7 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., Any]:
-    """A block's method, with its linear layer and activation in one kernel and all the rest as it is."""
+    """A block's method with linear layer and activation in one kernel; the other steps are called unchanged."""
     read = getattr(original, block.method)
     product = cls_pool if block.first else linear_act
 
@@ -289,7 +289,7 @@ class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
     block = POOLER
 
 
-# Hugging Face's class -> its fused counterpart, as far as there are.
+# Hugging Face's class -> its fused counterpart; others are added when they are first asked for.
 _counterparts: dict[type, Any] = {BertIntermediate: FusedBertIntermediate, BertPooler: FusedBertPooler}
 
 
@@ -309,12 +309,12 @@ def fused_class(original: type) -> Any:
 
 
 def fused_encoder_class(original: type) -> Any:
-    """The same for an encoder of the five families, and for its attentions."""
+    """The fused counterpart of an encoder of the five families or of its attentions; None if there is none."""
     home, mixin = _ENCODER_CLASSES.get(original.__name__, ("", nn.Module))
     if home != original.__module__:
         return None
     if original not in _counterparts:
-        doc = f"``{original.__name__}`` without work that nobody reads."
+        doc = f"``{original.__name__}`` without work on padding, or on positions that are not read."
         _make(original, (mixin,), {"block": None, "__doc__": doc})
     return _counterparts[original]
 
@@ -327,19 +327,16 @@ def _make(original: type, mixins: tuple[type, ...], attributes: dict[str, Any]) 
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """Hugging Face's class of a fused module; None if the module's class is not one of this module's own.
-
-    Nor one that torch derived from these.
-    """
+    """Hugging Face's class of a fused module, also of one that ``fully_shard`` made a unit; None if not fused."""
     kind: Any = wrapped_class(module) or type(module)
     original = vars(kind).get("original")
     return original if original is not None and _counterparts.get(original) is kind else None
 
 
 def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class from which ``fully_shard`` derived the present one of a module that it made a unit; None elsewhere.
+    """The class of a module before ``fully_shard`` made it a unit; None if it is no unit.
 
-    torch looks up the derived classes by identity, so that none of ours may take the place of one.
+    ``fully_shard`` derives a class from it. torch looks up derived classes by identity, so we never replace one.
     """
     bases = type(module).__bases__
     derived = len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
@@ -347,9 +344,9 @@ def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """A module of a class that was made here is pickled as Hugging Face's class and what was done to it.
+    """Pickle the original class, and fuse again on load.
 
-    By the module and not by its class, since cloudpickle (Ray, joblib) would copy a class that it cannot find by name.
+    Our class itself is never pickled: cloudpickle (Ray, joblib) copies a class that it cannot find by name.
     """
     reduced: Any = object.__reduce_ex__(module, protocol)
     return _blank, (_original_now(module),), *reduced[2:]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..guards import class_is_patched, is_defined_in
 
-# Chains with a linear layer and its activation, by the method that they are in. What follows the two stays as it is.
+# Chains with a linear layer and its activation, by the method that has them. The steps after these two stay unchanged.
 _CHAINS = {
     "forward": (
         "dense intermediate_act_fn",  # BertIntermediate and 63 others
@@ -41,10 +41,10 @@ _CHAINS = {
         "ffn activation ffn_output",  # ALBERT
     ),
 }
-# Functions of a model's own that have a kernel.
+# Formulas of activations that a model's file defines, and the kernels' name for them.
 _FORMULAS = {"x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))": "gelu"}
 
-# How the classes are called in which a linear layer and its activation are expected.
+# Endings of the names of classes that are expected to hold a linear layer and its activation.
 _EXPECTED_IN = ("Intermediate", "Pooler", "ClassificationHead", "FeedForward", "FFN")
 
 _FIRST, _DROPOUT = "[:,0]", "dropout"
@@ -54,9 +54,9 @@ _HOME = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 class Block(NamedTuple):
     """A known chain.
 
-    method: what it is the code of. first: it begins with position 0. dropout: then there is one, called so. linear,
-        activation: attributes of the module, or a function of its file if the name ends in "()". rest: attributes that
-        are called one after the other on what comes out.
+    method: the name of the method. first: the chain begins with position 0. dropout: the attribute ``dropout`` comes
+        next. linear, activation: attributes of the module; a name that ends in "()" is a function of its file. rest:
+        attributes that are called one after the other on the result.
     """
 
     method: str
@@ -83,7 +83,7 @@ POOLER = _BLOCKS["forward", (_FIRST, "dense", "activation")]
 
 
 def block_of(kind: type) -> Block | None:
-    """What a class of transformers computes, if that can be fused; None for all other classes, subclasses included."""
+    """The block that a class of transformers computes; None for classes that cannot be fused and for subclasses."""
     if not _is_block_class(kind):
         return None
     functions = {method: getattr(kind, method, None) for method in _CHAINS}
@@ -97,7 +97,7 @@ def block_in(chains: dict[str, tuple[str, ...] | None]) -> Block | None:
 
 
 def lookalike_reason(module: nn.Module) -> str | None:
-    """Why a module of transformers that looks like one that can be fused cannot, or None if it looks like none."""
+    """Why a module of transformers that looks fusible is not; None if it does not look fusible."""
     kind = type(module)
     children = module._modules.keys()
     alike = kind.__name__.endswith(_EXPECTED_IN) or any(
@@ -113,7 +113,7 @@ def lookalike_reason(module: nn.Module) -> str | None:
 
 
 def _is_block_class(kind: type) -> bool:
-    """Whether a class is one of a model's file, and not a whole model: those are found by their class."""
+    """Whether a model's file defines a class. Whole models do not count: transformers finds them by their class."""
     if not _HOME.fullmatch(kind.__module__) or vars(sys.modules[kind.__module__]).get(kind.__name__) is not kind:
         return False
     return not issubclass(kind, PreTrainedModel)
@@ -121,13 +121,13 @@ def _is_block_class(kind: type) -> bool:
 
 @functools.cache
 def chain_of(function: Any) -> tuple[str, ...] | None:
-    """A method's code as a chain of steps; None if it is none, or cannot be read."""
+    """A method's code as a chain of steps; None if it is no chain or cannot be read."""
     definition = _definition(function)
     return read_chain(definition) if definition is not None else None
 
 
 def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
-    """The same of a parsed method. Types and docstrings aside nothing is overlooked: any other code is no chain."""
+    """The same for a parsed method. Only types and docstrings are ignored: any other code makes it no chain."""
     arguments = definition.args
     if definition.decorator_list or arguments.vararg or arguments.kwonlyargs or arguments.defaults:
         return None
@@ -173,7 +173,7 @@ def _steps(value: ast.expr | None, owner: str, current: str) -> list[str] | None
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def formula_of(function: Any) -> str | None:
-    """The kernels' name for a function of one of transformers' models, by its code; None if they have none."""
+    """The kernels' name for an activation that a model's file defines, recognised by its code; None if unknown."""
     return _formula(function)
 
 
@@ -191,7 +191,7 @@ def _formula(function: Any) -> str | None:
 
 def _definition(function: Any) -> ast.FunctionDef | None:
     try:
-        # Of the code, since the source of a function is looked up behind its decorators.
+        # Of ``__code__``: given the function, inspect would skip its decorators.
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
     except (AttributeError, OSError, TypeError, SyntaxError, tokenize.TokenError):
         return None

@@ -36,8 +36,9 @@ class Verification:
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     """Call ``model(*args, **kwargs)`` fused and unfused and compare every floating-point output.
 
-    Of a model fused with ``unpad``, ``cls_only`` or ``skip_pooler``, what both compute is compared: per token, the
-    tokens that the caller's ``[B, S]`` attention mask keeps; of a last layer for position 0 only, that one.
+    For a model fused with ``unpad``, ``cls_only`` or ``skip_pooler``, only what both compute is compared: per-token
+    outputs at the tokens that the caller's ``[B, S]`` attention mask keeps, and at position 0 where the last layer
+    computes that one only.
 
     Both calls run in eval mode without gradients, on copies of the arguments and from the same random state. The
     training mode of every module, the random state and what is fused are as before afterwards.
@@ -55,7 +56,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
 
 
 def compared(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each output, by its path, what is compared: fused and unfused. Raises as ``verify``."""
+    """The two tensors to compare, fused and unfused, for each output by its path. Raises as ``verify``."""
     with fused(model) as report:
         if not report.fused:
             raise ValueError(f"nothing to verify, no module is fused:\n{report}")
@@ -77,7 +78,7 @@ def compared(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The model's floating-point outputs by their path.
 
-    It gets copies, and its draws are undone: the next call starts the same.
+    The model gets copies of the arguments, and the random state is restored, so that the next call starts the same.
     """
 
     def copied(leaf: Any) -> Any:
@@ -91,7 +92,7 @@ def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The real tokens, bool ``[B, S]``, if the model leaves out the others."""
+    """The real tokens, bool ``[B, S]``; None if the model computes padding as well."""
     if not any(getattr(module, "unpad", False) for module in model.modules()):
         return None
     mask = argument(model, "attention_mask", args, kwargs)
@@ -99,7 +100,7 @@ def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _scores_tokens(model: nn.Module) -> bool:
-    """Whether logits ``[B, S]`` are one for each token, and not one for each of S labels."""
+    """Whether logits ``[B, S]`` hold one score for each token, and not one for each of S labels."""
     return reads_of(model) == "tokens"
 
 
@@ -115,7 +116,7 @@ def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, per_token: boo
 def max_abs_error(a: Tensor, b: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
     difference = (a.double() - b.double()).abs().masked_fill(same, 0.0)
-    # An infinity or a NaN on one side only is as wrong as can be.
+    # An infinity or a NaN on one side only counts as an infinite error.
     return float(difference.nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0
 
 

@@ -1,1 +1,1 @@
-"""Encoders that compute nothing at padding and no last-layer rows that nobody reads. Needs transformers."""
+"""Encoders that skip padding and, in the last layer, rows that no head reads. Needs transformers."""

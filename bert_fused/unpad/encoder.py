@@ -1,11 +1,11 @@
-"""The fused encoder: no work on padding, and no last-layer rows that nobody reads. Needs transformers.
+"""The fused encoder: it skips padding and, in the last layer, rows that no head reads. Needs transformers.
 
-Hugging Face's encoder is given the mask that its attention wants, not the caller's, and does not know who reads its
-result. Both come as a ``Request``, which hooks put among the keyword arguments on their way down (``hooks.py``).
+Hugging Face's encoder gets the mask that its attention wants, not the caller's, and does not know which positions the
+head reads. Hooks pass both to it as a ``Request`` among the keyword arguments (``hooks.py``).
 
-Hugging Face's own encoder and layers then run, on packed rows ``[1, T, H]``. In the place of an attention mask they
-hand an ``EncoderMask`` down to the self-attention, which is of a class of ours. Where only position 0 is read, the last
-layer's attention, of a class of ours as well, drops the other rows, and all that follows sees that position alone.
+Hugging Face's own encoder and layers then run on packed rows ``[1, T, H]``. In the place of an attention mask they hand
+an ``EncoderMask`` down to the self-attention, whose class is ours. Where only position 0 is read, the last layer's
+attention, whose class is ours as well, drops the other rows, and everything after it sees that position alone.
 """
 
 import functools
@@ -24,7 +24,7 @@ from ..fallback import logger, reading_reason
 from ..guards import arguments, class_is_patched, is_defined_in, signature_of, watch_reason
 from .packing import Packing, kept, packing_of
 
-# One architecture under five names: the module of transformers that defines it -> what its classes' names begin with.
+# One architecture under five names: the module of transformers that defines it -> the prefix of its class names.
 PREFIXES = {
     f"transformers.models.{family}.modeling_{family}": prefix
     for family, prefix in (
@@ -41,17 +41,17 @@ CLSOnly = bool | Literal["auto"]
 # The keyword argument that a request travels in.
 REQUEST = "bert_fused_request"
 
-# Keyword arguments that change nothing about the result of an encoder or an attention.
+# Keyword arguments that do not change the result of an encoder or an attention.
 _HARMLESS = ("position_ids", "num_items_in_batch")
-# Arguments with which Hugging Face's code is known to be needed, so that nothing need be said of it.
+# Arguments that are known to need Hugging Face's code, so that no warning names them.
 _DECODING = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache")
 _RECORDING = ("output_attentions", "output_hidden_states", "return_dict")
-# What an attention consists of where ours computes the same.
+# The children of the attentions whose result ours reproduces.
 _SELF_ATTENTION_PARTS = {"query", "key", "value", "dropout"}
 _ATTENTION_PARTS = {"self", "output"}
 
-# What treats every row of its input alike, whatever other rows there are and whatever dimensions are in front: of torch
-# these classes, and where other modules come from that do.
+# Modules that act on each row independently, with any number of dimensions in front: these classes of torch, and all
+# classes of the packages below.
 _ROWWISE = frozenset(
     {
         nn.Linear,
@@ -94,7 +94,7 @@ _ROWWISE_HOMES = ("transformers.", "bert_fused.", "peft.")
 
 
 class Request(NamedTuple):
-    """What an encoder must know of a call.
+    """What the hooks tell an encoder about a call.
 
     mask: the caller's attention mask, if padding may be dropped. needs_first: position 0 is read even where it is
         padding. only_first: no other position is read.
@@ -105,14 +105,14 @@ class Request(NamedTuple):
     only_first: bool
 
 
-# No NamedTuple: wrappers of modules look into tuples for tensors to cast or to move.
+# Not a NamedTuple: wrappers of modules look into tuples for tensors to cast or to move.
 @dataclass(frozen=True)
 class EncoderMask:
-    """What takes the place of the attention mask inside a fused encoder.
+    """Takes the place of the attention mask inside a fused encoder.
 
-    packing: how the rows are packed, if they are. mask: Hugging Face's own attention mask, if they are not.
-    only_first: the last layer computes position 0 alone. attended: all hidden states, where the rows that an attention
-    is given are those of position 0.
+    packing: how the rows are packed; None if they are not. mask: Hugging Face's own attention mask, for rows that are
+    not packed. only_first: the last layer computes position 0 alone. attended: all hidden states, if the attention is
+    given only the rows of position 0.
     """
 
     packing: Packing | None
@@ -122,19 +122,19 @@ class EncoderMask:
 
 
 class NotUnderstood(Exception):
-    """A part of the encoder was given an argument that ours knows nothing of; the message names both."""
+    """A part of the encoder was given an argument that ours does not know; the message names both."""
 
 
 class FusedEncoder(nn.Module):
     original: type[nn.Module]
-    # Set by ``fuse``, as attributes of the instance. under_head: whether only a head's word makes a request.
+    # Set by ``fuse`` on the instance. under_head: the encoder runs dense unless its head's hook took part in the call.
     unpad = False
     cls_only: CLSOnly = False
     under_head = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         request = kwargs.pop(REQUEST, None)
-        # Hugging Face's class, also if another thread has given it back to the module since the call began.
+        # Another thread may have unfused the module since the call began: then its class is the original.
         original = getattr(type(self), "original", type(self))
         if isinstance(request, Request):
             output = _run(self, original, request, args, kwargs)
@@ -158,7 +158,7 @@ class FusedSelfAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """The last layer's attention, which goes on with position 0 alone where no other is read."""
+    """The last layer's attention: it keeps only position 0 if no other is read."""
 
     original: type[nn.Module]
 
@@ -174,7 +174,7 @@ class FusedAttention(nn.Module):
 
 
 def _replaced(values: Any, old: Any, new: Any) -> Any:
-    """A tuple or dictionary of arguments with another in an argument's place."""
+    """The arguments, a tuple or a dictionary, with ``new`` in the place of ``old``."""
     if isinstance(values, dict):
         return {name: new if value is old else value for name, value in values.items()}
     return tuple(new if value is old else value for value in values)
@@ -191,7 +191,7 @@ def _hidden_states(original: type[nn.Module], args: tuple[Any, ...], kwargs: dic
     """The hidden states that an attention was called with.
 
     Raises:
-        NotUnderstood: it was given something else that may change the result.
+        NotUnderstood: the attention was given something else that may change the result.
     """
     given = arguments(original, args, kwargs)
     unknown = [name for name, value in given.items() if type(value) is not EncoderMask and _matters(name, value)]
@@ -207,7 +207,7 @@ def _matters(name: str, value: Any) -> bool:
 def _run(
     encoder: nn.Module, original: type[nn.Module], request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelOutput | None:
-    """The encoder's output, or None where Hugging Face's way is as good or the only right one."""
+    """The encoder's output, or None if Hugging Face's code must run instead or does the same work."""
     given = arguments(original, args, kwargs)
     hidden, mask = given.pop("hidden_states", None), given.pop("attention_mask", None)
     unknown = [name for name, value in given.items() if _matters(name, value)]
@@ -247,7 +247,7 @@ def _run(
         _log_dense(str(reason))
         return None
     except Exception:
-        # Another thread may have given the attentions their classes back meanwhile, which take no ``EncoderMask``.
+        # Another thread may have unfused the attentions meanwhile; Hugging Face's take no ``EncoderMask``.
         if layers_reason(encoder, swapped=True) is None:
             raise
         return None
@@ -255,7 +255,7 @@ def _run(
 
 @functools.cache
 def _log_dense(reason: str) -> None:
-    """Say once that an encoder runs Hugging Face's code because the installed one is not understood."""
+    """Warn once for each reason that an encoder runs Hugging Face's code."""
     logger.warning("the encoder runs without unpad and cls_only: %s, which bert_fused does not know", reason)
 
 
@@ -295,7 +295,7 @@ def _original(module: nn.Module) -> type[nn.Module]:
 
 
 def classes_reason(base: nn.Module) -> str | None:
-    """Why the installed transformers may hand on arguments in a way that is not known here, or None.
+    """Why a request or a mask may not reach the encoder in the installed transformers, or None.
 
     base: the model that holds an encoder.
     """
@@ -314,7 +314,7 @@ def classes_reason(base: nn.Module) -> str | None:
 
 
 def attentions_of(encoder: nn.Module) -> list[nn.Module]:
-    """The modules of an encoder whose classes are swapped with its own: each self-attention, the last attention."""
+    """The modules whose classes are swapped with their encoder's: each self-attention and the last attention."""
     layers: Any = encoder.layer
     return [*(layer.attention.self for layer in layers), layers[-1].attention]
 
@@ -324,7 +324,7 @@ def is_fused_attention(module: nn.Module) -> bool:
 
 
 def layers_reason(encoder: nn.Module, *, swapped: bool) -> str | None:
-    """Why the layers may do something that ours do not, or not row by row, or None.
+    """Why the layers must run dense, or None: a part of another kind, one that may mix rows, or a user's hook.
 
     swapped: whether the attentions must have classes of ours, as they have after ``fuse``.
     """
@@ -357,7 +357,7 @@ def layers_reason(encoder: nn.Module, *, swapped: bool) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _attention_is_replaced(home: str, implementation: str) -> bool:
-    """Whether what the layers of the module ``home`` would call as SDPA or eager attention is somebody else's."""
+    """Whether the SDPA or eager attention of the layers that the module ``home`` defines is not transformers' own."""
     eager = vars(sys.modules[home]).get("eager_attention_forward")
     if implementation == "eager":
         return not is_defined_in(ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager), home)
@@ -368,7 +368,7 @@ def _attention_is_replaced(home: str, implementation: str) -> bool:
 
 
 def rows_reason(root: nn.Module) -> str | None:
-    """What in a module may not treat every row alike, or is somebody's to watch, in words, or None."""
+    """Why a module may not act on each row independently, or which user's hook it has; else None."""
     # nn.Module.modules() takes five times as long.
     waiting = [root]
     while waiting:

@@ -5,9 +5,9 @@ class. Forward pre-hooks put a ``Request`` among the keyword arguments instead, 
 nothing unless the encoder is a fused one, and are functions of this module, so that models can be pickled and copied.
 A hook called without keyword arguments was added or removed by ``fuse`` or ``unfuse`` during the call; it does nothing.
 
-A request is believed only from whom it must come. Whoever calls a module's ``forward`` goes past its hooks, and a
-model that was fused alone may be put under a head later. So an encoder under a head runs dense without that head's
-message, and one without a head runs dense where a model of transformers calls.
+A caller who calls a module's ``forward`` goes past its hooks, and a model that was fused alone may be put under a head
+later. So an encoder that was fused under a head runs dense unless that head's hook took part in the call, and one that
+was fused without a head runs dense when another model of transformers calls it.
 """
 
 import ast
@@ -35,9 +35,9 @@ from .encoder import (
     rows_reason,
 )
 
-# "first": position 0, through the pooler or a classification head. "watched": the same, while somebody's hooks see the
-# rest. "tokens": every position, each for itself, so that what is at padding stays there. "all": padding too has a say
-# in what is returned.
+# "first": position 0, through the pooler or a classification head. "watched": the same, but a user's hook sees the
+# rest. "tokens": each position independently, so that padding changes results at padding only. "all": padding may
+# change any result.
 Reads = Literal["first", "watched", "tokens", "all"]
 _READS: dict[str, Reads] = {
     "ForSequenceClassification": "first",
@@ -50,9 +50,9 @@ _READS: dict[str, Reads] = {
     "ForCausalLM": "all",
     "LMHeadModel": "all",
 }
-# The method of a model that makes its attention's mask of the caller's.
+# The method of a model that turns the caller's mask into its attention's.
 _MASKS = "_create_attention_masks"
-# What a cross entropy of transformers' heads leaves out.
+# The label that the losses of transformers' heads ignore.
 _IGNORED_LABEL = -100
 
 
@@ -77,7 +77,7 @@ class EncoderSite:
 
 
 def encoder_sites(model: nn.Module) -> Iterator[EncoderSite]:
-    """Every encoder of a supported family in ``model`` whose model is in there as well."""
+    """Every encoder of a supported family whose own model is ``model`` or inside it."""
     modules = dict(model.named_modules())
     for name, base in modules.items():
         if _kind(base) != "Model":
@@ -101,7 +101,7 @@ def _outer(name: str) -> list[str]:
 
 
 def _bypass_reason(above: list[nn.Module]) -> str | None:
-    """Which module around a model would call past the hooks, or None. sentence-transformers' has a hook of its own."""
+    """Which of the modules around a model calls past the hooks, or None. sentence-transformers' has its own hook."""
     for module in above:
         if _wrapped(module) is None and _calls_a_forward(type(module).forward):
             return f"{type(module).__name__} calls a model's forward, not the model, and so goes past the hooks"
@@ -149,7 +149,7 @@ def _reason(base: nn.Module, heads: list[nn.Module]) -> str | None:
 
 
 def settings(site: EncoderSite, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[dict[str, Any], str, str | None]:
-    """Which options apply to an encoder: its attributes and what it does in words, or why it is left alone.
+    """Which options apply to an encoder: its attributes and what the report says of it, or why it is left alone.
 
     pools: whether there is a pooler that will not be skipped.
     """
@@ -199,7 +199,7 @@ def remove_hooks(modules: Iterable[nn.Module]) -> None:
 
 
 def reads_of(head: nn.Module) -> Reads | None:
-    """What a model with a head reads of the encoder's result; None if it is not one of transformers' own."""
+    """Which positions a model with a head reads of the encoder's result; None if it is not transformers' own."""
     kind = _known(head)
     reads = _READS.get(kind) if kind is not None else None
     if reads is None:
@@ -221,7 +221,7 @@ def reads_of(head: nn.Module) -> Reads | None:
 
 
 def _pooler_reads(base: nn.Module) -> Reads | None:
-    """What a model's pooler reads of the encoder's result; None where there is no pooler, or it is skipped."""
+    """Which positions a model's pooler reads; None if there is no pooler or it is skipped."""
     pooler = getattr(base, "pooler", None)
     if pooler is None or getattr(pooler, "skip", False):
         return None
@@ -229,12 +229,12 @@ def _pooler_reads(base: nn.Module) -> Reads | None:
 
 
 def _known(module: Any) -> str | None:
-    """As ``_kind``, but None if the module itself was given another ``forward``."""
+    """As ``_kind``, but None if ``forward`` or the making of masks was replaced on the instance."""
     return _kind(module) if module is not None and not _replaced(module) else None
 
 
 def _kind(module: Any) -> str | None:
-    """The name, less the family's prefix, of the class of transformers whose ``forward`` a module's class has."""
+    """The class of transformers whose ``forward`` a module has, by its name without the family's prefix, or None."""
     kind: Any = type(module)
     for original in kind.__mro__:
         prefix = PREFIXES.get(original.__module__)
@@ -257,7 +257,7 @@ def _base_of(head: nn.Module) -> nn.Module | None:
 
 
 def base_pre_hook(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Forward pre-hook of a model without a head: make the request, from the caller's mask and what a head reads."""
+    """Forward pre-hook of the encoder's own model: make the request from the caller's mask and the head's message."""
     if kwargs is None:
         return None
     if _known(base) != "Model" or not _is_last(base, base_pre_hook) or isinstance(kwargs.get(REQUEST), Request):
@@ -271,12 +271,12 @@ def base_pre_hook(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _is_called_by_a_model(base: nn.Module) -> bool:
-    """Whether the ``forward`` of another model of transformers is running, which may read what it was not asked for."""
-    # torch.export has no way to break its graph, and takes Hugging Face's way in any case.
+    """Whether the ``forward`` of another model of transformers is running, which may read any position."""
+    # torch.export cannot break its graph for this look, and runs Hugging Face's code in any case.
     return torch.compiler.is_exporting() or _model_on_the_stack(base)
 
 
-# Only the stack knows: a module has no reference to those that hold it.
+# Only the stack tells: a module has no reference to the modules that hold it.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _model_on_the_stack(base: nn.Module) -> bool:
     frame = sys._getframe(1)
@@ -291,7 +291,7 @@ def _model_on_the_stack(base: nn.Module) -> bool:
 
 
 def head_pre_hook(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Forward pre-hook of a model with a head: say what it reads. ``base_pre_hook`` makes a request of it."""
+    """Forward pre-hook of a model with a head: say which positions it reads, for ``base_pre_hook``."""
     if kwargs is None:
         return None
     base = _base_of(head)
@@ -325,7 +325,7 @@ OURS = (base_pre_hook, head_pre_hook, sentence_transformer_pre_hook)
 
 
 def _wrapped(module: nn.Module) -> Any:
-    """The model in sentence-transformers' Transformer."""
+    """The model inside sentence-transformers' Transformer; None for any other module."""
     if not type(module).__module__.startswith("sentence_transformers."):
         return None
     model = getattr(module, "auto_model", None)
@@ -333,7 +333,7 @@ def _wrapped(module: nn.Module) -> Any:
 
 
 def _reads_now(head: nn.Module, labels: Any, mask: Any) -> Reads:
-    """What a head reads in this call: a loss over labels at padding reads padding."""
+    """Which positions a head reads in this call: a loss over labels at padding reads padding."""
     reads = reads_of(head) or "all"
     if reads == "first" and _is_watched(head):
         return "watched"
@@ -359,10 +359,10 @@ def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | 
     pooler_reads = _pooler_reads(base)
     if not isinstance(encoder, FusedEncoder) or "all" in (head_reads, pooler_reads):
         return None
-    # Either may hand on another mask than the caller's.
+    # A replaced forward and a pre-hook may both pass on another mask than the caller's.
     if _replaced(encoder) or encoder._forward_pre_hooks:
         return None
-    # Another thread may give the encoder its class back meanwhile.
+    # Another thread may unfuse the encoder meanwhile.
     unpad, cls_only = getattr(encoder, "unpad", False), getattr(encoder, "cls_only", False)
     if cls_only == "auto":
         only_first = head_reads == "first" and not base.training
@@ -376,7 +376,7 @@ def _request(base: nn.Module, mask: Any, head_reads: Reads | None) -> Request | 
 
 
 def _is_watched(head: nn.Module) -> bool:
-    """Whether somebody's hooks would see how many positions the encoder's result has."""
+    """Whether a user's hook would see how many positions the encoder's result has."""
     base: Any = _base_of(head)
     seers = (base, base.encoder, getattr(base, "pooler", None), getattr(head, "classifier", None))
     return any(watch_reason(module, OURS) is not None for module in seers if module is not None)

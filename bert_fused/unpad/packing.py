@@ -72,9 +72,9 @@ class Packing:
 # Packing reads how many tokens there are, so torch.compile must break its graph here.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packing_of(keep: Tensor, *, needs_first: bool) -> Packing | None:
-    """How to pack a batch, or None if it is better not packed, or must not be.
+    """How to pack a batch; None if that would save nothing or lose a position that is read.
 
-    keep: ``[B, S]``, bool, the real tokens. needs_first: somebody reads position 0 even where it is padding.
+    keep: ``[B, S]``, bool, the real tokens. needs_first: position 0 is read even where it is padding.
     """
     if keep.numel() == 0 or (keep.device.type == "cpu" and bool(keep.all())):  # on a GPU: one more wait
         return None
@@ -94,7 +94,7 @@ def _runs(lengths: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def kept(mask: Tensor, shape: torch.Size, attention: str) -> Tensor | None:
-    """The real tokens, bool ``[B, S]``, that a caller's mask leaves; None if it says more or anything else than that.
+    """The real tokens, bool ``[B, S]``, of a caller's mask; None unless the mask marks only padding.
 
     mask: ``[B, S]``, where nonzero is real, or ``[B, 1, 1 or S, S]`` as ``attention`` ("sdpa" or "eager") understands
     it: bool, or added to the scores. Every query must see the same keys then.
@@ -132,7 +132,7 @@ def varlen_serves(query: Tensor, heads: int, dropout: float) -> bool:
 def _varlen(
     packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, firsts: bool
 ) -> Tensor:
-    # The longest sequence is at most S long; the very number would have to be waited for.
+    # The longest sequence is at most S long; reading its exact length would wait for the GPU.
     batch, longest = packing.keep.shape
     starts, per_query = packing.starts, longest
     if firsts:
@@ -142,7 +142,7 @@ def _varlen(
     return cast(Tensor, out.flatten(-2))
 
 
-# The lengths differ from batch to batch: traced, each would be compiled for.
+# Lengths differ from batch to batch, and torch.compile would compile this for each of them.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_length(
     packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, dropout: float, firsts: bool
