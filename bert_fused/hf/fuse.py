@@ -87,8 +87,8 @@ def fuse(
         unpad: compute nothing at padding. Hidden states are zeros there; at real tokens they are the model's, and so is
             what its head returns. This and ``cls_only`` are for bert, roberta, xlm-roberta, camembert and electra.
         cls_only: compute the last layer for position 0 only. ``"auto"``: in eval mode, inside a head that reads no
-            other position (sequence classification, next sentence, multiple choice). ``True``: also when the model itself is
-            called; its ``last_hidden_state`` is then ``[B, 1, H]``, for embeddings taken from position 0.
+            other position (sequence classification, next sentence, multiple choice). ``True``: also when the model
+            itself is called; its ``last_hidden_state`` is then ``[B, 1, H]``, for embeddings taken from position 0.
         skip_pooler: leave out the pooler of a model without a head; ``pooler_output`` is then None.
 
     Raises:
