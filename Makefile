@@ -19,13 +19,13 @@ test-all: test $(VENV)/.dev $(VENV)/.examples
 
 # The wheel in clean environments of some 5 GB each, kept in .release/.
 test-release: $(VENV)/.test
-	$(PY) tests/release.py $(ARGS)
+	$(PY) tests/project/release.py $(ARGS)
 
 mutants: $(VENV)/.test
 	$(PY) tests/mutants $(ARGS)
 
 fuzz: $(VENV)/.test
-	BERT_FUSED_FUZZ=$${BERT_FUSED_FUZZ:-2000} $(PYTEST) tests/test_properties.py $(ARGS)
+	BERT_FUSED_FUZZ=$${BERT_FUSED_FUZZ:-2000} $(PYTEST) tests/ops/test_properties.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -40,7 +40,7 @@ test-versions: $(VENV)/.test
 	$(PY) -m benchmarks versions $(ARGS)
 
 models: $(VENV)/.test
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/families.py $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/support/families.py $(ARGS)
 
 docs: $(VENV)/.test
 	$(PY) -m sphinx -W --keep-going -n -q -E -b html docs/api build/api
@@ -49,7 +49,7 @@ pictures: $(VENV)/.test
 	PYTHONPATH=. $(PY) docs/draw.py
 
 numerics: $(VENV)/.test
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/numerics.py $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/support/numerics.py $(ARGS)
 
 # For a machine with an NVIDIA GPU, torch and Triton of its own; these install nothing. See CONTRIBUTING.md.
 gpu-day:

@@ -24,8 +24,8 @@ limited() {
     timeout -s INT -k 5 "$seconds" "$@"
 }
 
-# Of what ships, not of what tune found here, and always in workers: tests/watchdog.py ends them, pytest-xdist starts new
-# ones. -v, so that what was tested is known even if the end is cut off.
+# Of what ships, not of what tune found here, and always in workers: tests/support/watchdog.py ends them, pytest-xdist
+# starts new ones. -v, so that what was tested is known even if the end is cut off.
 tests() {
     seconds=$1
     shift
@@ -39,8 +39,8 @@ all_but_the_sanitizers() {
     alone=$2
     shift 2
     status=0
-    tests "$together" tests/test_gpu*.py --deselect tests/test_gpu_sanitizer.py -n 4 -m "not alone" "$@" || status=$?
-    tests "$alone" tests/test_gpu*.py --deselect tests/test_gpu_sanitizer.py -n 1 -m alone "$@" || status=$?
+    tests "$together" tests/gpu --deselect tests/gpu/test_gpu_sanitizer.py -n 4 -m "not alone" "$@" || status=$?
+    tests "$alone" tests/gpu --deselect tests/gpu/test_gpu_sanitizer.py -n 1 -m alone "$@" || status=$?
     return $status
 }
 
@@ -66,7 +66,7 @@ day() {
     failed=0
     echo "commit ${COMMIT:-$(git describe --always --dirty)}" | tee "$OUT/day.txt"
     # With 5 s each to end in, 550 s.
-    step integers tests 80 tests/test_gpu.py -n 4 -k "this_machine or exact_on_integers"
+    step integers tests 80 tests/gpu/test_gpu.py -n 4 -k "this_machine or exact_on_integers"
     step tune limited 175 "$python" -m bert_fused tune --shapes BERT-base,MiniLM --dtypes bfloat16 --budget 150 \
         --export "$OUT/tuned.json"
     step tests all_but_the_sanitizers 245 30
@@ -81,7 +81,7 @@ test)
     all_but_the_sanitizers 480 60 "$@"
     ;;
 sanitize)
-    tests 560 tests/test_gpu_sanitizer.py -n 2 "$@"
+    tests 560 tests/gpu/test_gpu_sanitizer.py -n 2 "$@"
     ;;
 bench)
     # Results are written case by case, so that nothing is lost if the last one has to be cut off.

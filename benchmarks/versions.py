@@ -33,30 +33,30 @@ BESIDE = {
 }
 TESTS = {
     "transformers": (
-        "encoder",
-        "encoder_calls",
-        "encoder_callers",
-        "encoder_life",
-        "next_transformers",
-        "fuse_options",
-        "fusion",
-        "modules",
-        "guards",
-        "sentence_transformers",
-        "trainers",
-        "check",
+        "tests/hf/test_fuse.py",
+        "tests/hf/test_fuse_options.py",
+        "tests/hf/test_guards.py",
+        "tests/hf/test_modules.py",
+        "tests/unpad/test_encoder.py",
+        "tests/unpad/test_encoder_callers.py",
+        "tests/unpad/test_encoder_calls.py",
+        "tests/unpad/test_encoder_life.py",
+        "tests/unpad/test_next_transformers.py",
+        "tests/cli/test_check.py",
+        "tests/integration/test_sentence_transformers.py",
+        "tests/integration/test_trainers.py",
     ),
     "triton": (
-        "forward",
-        "backward",
-        "variants",
-        "properties",
-        "interpreter",
-        "ops",
-        "recompute",
-        "memory",
-        "activations",
-        "launch",
+        "tests/kernel/test_activations.py",
+        "tests/kernel/test_backward.py",
+        "tests/kernel/test_forward.py",
+        "tests/kernel/test_interpreter.py",
+        "tests/kernel/test_launch.py",
+        "tests/kernel/test_memory.py",
+        "tests/kernel/test_variants.py",
+        "tests/ops/test_ops.py",
+        "tests/ops/test_properties.py",
+        "tests/ops/test_recompute.py",
     ),
 }
 
@@ -145,11 +145,10 @@ def readme_sentence() -> str:
 
 def run_tests(package: str, version: str, arguments: list[str]) -> tuple[bool, str]:
     """Whether the package's tests pass on a version, and pytest's closing line."""
-    paths = [f"tests/test_{name}.py" for name in TESTS[package]]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "-p", "no:cacheprovider"]
     variables = environment(package, version) | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, *paths, *arguments],
+        [*command, *TESTS[package], *arguments],
         cwd=ROOT,
         env=variables,
         stdout=subprocess.PIPE,

@@ -143,7 +143,7 @@ def _itemsize(config: Config) -> int:
 
 
 def shared_bytes(config: Config, arch: int) -> int:
-    """Shared memory of a block, at most 1 KB too much; tests/test_compile.py asks the compiler."""
+    """Shared memory of a block, at most 1 KB too much; tests/kernel/test_compile.py asks the compiler."""
     operands = (config.block_m + config.block_n) * config.block_k * _itemsize(config)
     # wgmma and its successor read their operands where they land; mma.sync keeps one set in registers.
     in_place = 90 <= arch < 120 and config.block_m >= 64

@@ -1,0 +1,305 @@
+"""Kept launches: the kernel that Triton would pick, the right addresses, and no call kept that must be made anew.
+
+Most run in a process of their own, where a stub stands in for the driver (``launch_child.py``). The autograd of kept
+calls is checked here, with calls that run through the interpreter.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import launch_child
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from benchmarks import stub_driver
+from bert_fused import linear_act, ops, reference
+from bert_fused.kernels import replay
+from bert_fused.kernels.configs import default_config
+from bert_fused.kernels.linear_act import linear_act_fwd
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong in each check, "" for nothing."""
+    folder = tmp_path_factory.mktemp("stub")
+    stub_driver.build(folder)
+    environment = stub_driver.environment(folder) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("launch_child.py"))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("check", launch_child.CHECKS)
+def test_in_a_process_without_a_driver(check: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[check] == "", outcomes[check]
+
+
+# -------------------------------------------------------------------------------------------- what a kept call computes
+
+
+class InterpretedCall:
+    """A kept call that asks the interpreter for its numbers, and counts."""
+
+    def __init__(self, activation: str, saves_preact: bool) -> None:
+        self.activation, self.saves_preact, self.made = activation, saves_preact, 0
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self.made += 1
+        config = default_config(1, "float32", 0)
+        how = {"activation": self.activation, "save_preact": self.saves_preact, "config": config}
+        return linear_act_fwd(x, weight, bias, **how)
+
+
+def keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> InterpretedCall:
+    """As if such a call had been made and kept."""
+    needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    saves_preact = needs_grad and activation not in ("relu", "tanh", "none")
+    call = InterpretedCall(activation, saves_preact)
+    replay.calls[replay.key_of(x, weight, bias, activation, saves_preact)] = call
+    return call
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Any:
+    yield replay.calls.clear()
+    replay.calls.clear()
+
+
+def leaves(shape: tuple[int, ...], wanted: tuple[bool, bool, bool], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (shape, (12, shape[-1]), (12,))
+    tensors = [torch.randn(s, generator=generator) * 0.3 for s in shapes]
+    return [t.requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+
+
+WANTED = [(x, w, b) for x in (True, False) for w in (True, False) for b in (True, False) if x or w or b]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "tanh", "none"])
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("xwb"[i] for i in range(3) if w[i]))
+def test_gradients_of_a_kept_call(activation: str, shape: tuple[int, ...], wanted: tuple[bool, bool, bool]) -> None:
+    ours, eager = leaves(shape, wanted), leaves(shape, wanted)
+    call = keep(*ours, activation)
+    out, expected = linear_act(*ours, activation), reference.linear_act(*eager, activation)
+    assert call.made == 1
+    torch.testing.assert_close(out, expected)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(d_out, retain_graph=True)
+    out.backward(d_out)
+    expected.backward(2 * d_out)
+    for mine, theirs in zip(ours, eager, strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "tanh", "none", "silu"])
+def test_second_gradients_of_a_kept_call(activation: str) -> None:
+    results = []
+    for function in (linear_act, reference.linear_act):
+        tensors = leaves((2, 3, 8), (True, True, True))
+        if function is linear_act:
+            keep(*tensors, activation)
+        out = function(*tensors, activation)
+        first = torch.autograd.grad(out.pow(2).sum(), tensors, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), tensors))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def saved_shapes(tensors: list[Tensor], activation: str) -> list[torch.Size]:
+    shapes: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear_act(*tensors, activation)
+    return shapes
+
+
+def test_a_kept_call_saves_what_a_new_one_does() -> None:
+    for wanted in WANTED:
+        for activation in ("gelu", "relu", "none"):
+            tensors = leaves((2, 3, 8), wanted)
+            new = saved_shapes(tensors, activation)
+            call = keep(*tensors, activation)
+            assert saved_shapes(tensors, activation) == new
+            assert call.made == 1
+            # x for the weight's gradient, the weight for x's, and what the activation's derivative needs.
+            assert len(new) == wanted[1] + wanted[0] + (activation != "none")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
+def test_checkpointing_may_recompute_by_a_kept_call(activation: str) -> None:
+    """It compares what is saved with what the first, new call saved."""
+    tensors = leaves((2, 3, 8), (True, True, True))
+    out = torch.utils.checkpoint.checkpoint(linear_act, *tensors, activation, use_reentrant=False)
+    call = keep(*tensors, activation)
+    out.sum().backward()
+    assert call.made == 1
+
+
+def test_the_result_of_a_kept_call_may_be_changed_in_place() -> None:
+    for kept in (False, True):
+        tensors = leaves((2, 3, 8), (True, True, True))
+        if kept:
+            keep(*tensors, "gelu")
+        out = linear_act(*tensors, "gelu")
+        assert not out._is_view()
+        out.mul_(2).sum().backward()
+        out.detach_()
+
+
+def test_a_saved_weight_changed_in_place_is_noticed() -> None:
+    x, weight, bias = leaves((2, 3, 8), (True, True, True))
+    keep(x, weight, bias, "gelu")
+    out = linear_act(x, weight, bias)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_kept_call_that_cannot_be_made_is_made_anew() -> None:
+    tensors = leaves((5, 8), (False, False, False))
+    call = keep(*tensors, "gelu")
+    call.__class__ = type("Refusing", (InterpretedCall,), {"__call__": lambda self, *args: None})
+    torch.testing.assert_close(linear_act(*tensors, "gelu"), reference.linear_act(*tensors, "gelu"))
+    assert replay.calls == {replay.key_of(*tensors, "gelu", False): call}
+
+
+class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def stepping_aside() -> dict[str, Any]:
+    """Each calls ``linear_act`` where a kept call would be silently wrong, on tensors that one is kept for."""
+
+    def forward_ad(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return linear_act(torch.autograd.forward_ad.make_dual(x, x), w, b)
+
+    def mode(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        with Watcher():
+            return linear_act(x, w, b)
+
+    def autocast(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast would not, where there is no GPU
+        try:
+            return linear_act(x, w, b)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+    return {
+        "vmap": lambda x, w, b: torch.func.vmap(lambda row: linear_act(row, w, b))(x[:, None]),
+        "grad": lambda x, w, b: torch.func.grad(lambda v: linear_act(v, w, b).sum())(x),
+        "jvp": lambda x, w, b: torch.func.jvp(lambda v: linear_act(v, w, b), (x,), (x,)),
+        "forward AD": forward_ad,
+        "dispatch mode": mode,
+        "autocast": autocast,
+        "negated x": lambda x, w, b: linear_act(torch._neg_view(x), w, b),
+        "negated weight": lambda x, w, b: linear_act(x, torch._neg_view(w), b),
+        "negated bias": lambda x, w, b: linear_act(x, w, torch._neg_view(b)),
+        "subclass": lambda x, w, b: linear_act(x.as_subclass(Sub), w, b),
+        "subclass of weight": lambda x, w, b: linear_act(x, w.as_subclass(Sub), b),
+        "subclass of bias": lambda x, w, b: linear_act(x, w, b.as_subclass(Sub)),
+        "compile": lambda x, w, b: torch.compile(linear_act, backend="eager", fullgraph=True)(x, w, b),
+        "trace": lambda x, w, b: torch.jit.trace(lambda v: linear_act(v, w, b), x, check_trace=False)(x),
+    }
+
+
+class Sub(Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(stepping_aside()))
+def test_a_kept_call_is_not_made_where_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = leaves((5, 8), (False, False, False))
+    call = InterpretedCall("gelu", False)
+    monkeypatch.setattr(ops, "_kept_call", lambda key: call)  # whatever the key
+    stepping_aside()[name](*tensors)
+    assert call.made == 0
+    linear_act(*tensors)
+    assert call.made == 1
+
+
+def test_the_switch_turns_kept_calls_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = leaves((5, 8), (False, False, False))
+    call = keep(*tensors, "gelu")
+    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
+    linear_act(*tensors)
+    assert call.made == 0
+    for off in ("0", ""):
+        monkeypatch.setenv("BERT_FUSED_DISABLE", off)
+        linear_act(*tensors)
+    assert call.made == 2
+
+
+def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = leaves((6, 8), (False, False, False))
+    square = torch.randn(8, 8)
+    variants: list[tuple[Any, ...]] = [
+        (x, w, b, "gelu", False),
+        (x, w, b, "relu", False),
+        (x, w, b, "gelu", True),
+        (x, w, None, "gelu", False),
+        (x.half(), w, b, "gelu", False),
+        (x, w.half(), b, "gelu", False),
+        (x, w, b.half(), "gelu", False),
+        (x[:5], w, b, "gelu", False),
+        (x.view(2, 3, 8), w, b, "gelu", False),
+        (x, w[:11], b, "gelu", False),
+        (x, w, b[:11], "gelu", False),
+        (x.t().contiguous().t(), w, b, "gelu", False),
+        (torch.randn(6, 16)[:, :8], w, b, "gelu", False),
+        (x, square, b, "gelu", False),
+        (x, square.t(), b, "gelu", False),
+        (x, w, torch.randn(24)[::2], "gelu", False),
+    ]
+    monkeypatch.setattr(replay, "_fp32_precision", lambda *_: "ieee")
+    keys = [replay.key_of(*variant) for variant in variants]
+    monkeypatch.setattr(replay, "_fp32_precision", lambda *_: "tf32")
+    keys.append(replay.key_of(*variants[0]))
+    assert len(set(keys)) == len(keys)
+
+    class Elsewhere:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def get_device(self) -> int:
+            return 3
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tensor, name)
+
+    moved = [[Elsewhere(t) if i == j else t for j, t in enumerate((x, w, b))] for i in range(3)]
+    assert len({replay.key_of(*tensors, "gelu", False) for tensors in ([x, w, b], *moved)}) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_tensors_have_no_dense_ones_key() -> None:
+    x, w, b = leaves((6, 8), (False, False, False))
+    dense = replay.key_of(x, w, b, "gelu", False)
+    assert replay.key_of(x.to_sparse(), w, b, "gelu", False) != dense
+    assert replay.key_of(x, w.to_sparse(), b, "gelu", False) != dense
+    assert replay.key_of(x, w, b.to_sparse(), "gelu", False) != dense
+    assert replay.key_of(torch.nested.nested_tensor([x, x]), w, b, "gelu", False) is None
+
+
+def test_a_lazily_zero_tensor_has_no_address() -> None:
+    """A kept call takes an address of 0 for one."""
+    assert torch._efficientzerotensor(8).data_ptr() == 0

@@ -1,0 +1,248 @@
+"""``recompute_preact``: the same gradients from less memory."""
+
+import copy
+import itertools
+import math
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from models import make
+from reference64 import ACTIVATIONS, DTYPES, dtype_name, make_inputs
+from torch import Tensor
+
+import bert_fused
+from bert_fused import cls_pool, linear_act, reference
+from bert_fused.kernels import linear_act as launcher
+from bert_fused.kernels.configs import Config
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+M, N, K = 19, 40, 72
+KEEP_PREACT = ("gelu", "gelu_tanh", "silu", "quick_gelu")
+
+all_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def leaves(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> list[Tensor | None]:
+    i = make_inputs("unit", M, N, K, dtype, bias=bias)
+    return [t.requires_grad_() if t is not None else None for t in (i.x, i.weight, i.bias)]
+
+
+def saved_bytes(function: Callable[[], Tensor]) -> tuple[Tensor, dict[tuple[int, ...], int]]:
+    """The result, and what is kept for the backward pass: shape -> bytes, each storage once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = function()
+    by_shape: dict[tuple[int, ...], int] = {}
+    for tensor in kept.values():
+        by_shape[tuple(tensor.shape)] = by_shape.get(tuple(tensor.shape), 0) + tensor.nbytes
+    return out, by_shape
+
+
+@pytest.fixture(params=["pointer", "tma", "library"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    def chosen(M: int, N: int, K: int, dtype: str, *args: object, **kwargs: object) -> Config:
+        tile = () if request.param == "library" else (16, 32, 32, 1, 1)
+        return Config(request.param, dtype, *tile)
+
+    monkeypatch.setattr(launcher, "get_config", chosen)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("kernel")
+@all_activations
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_gradients_have_the_same_bits(dtype: torch.dtype, activation: str) -> None:
+    results = []
+    for recompute in (False, True):
+        inputs = leaves(dtype)
+        out = linear_act(*inputs, activation, recompute_preact=recompute)
+        d_out = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([out, *torch.autograd.grad(out, inputs, d_out)])
+    for kept, recomputed in zip(*results, strict=True):
+        assert torch.equal(kept, recomputed)
+        assert bool(kept.isfinite().all())
+
+
+@all_activations
+@pytest.mark.parametrize("wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)])
+def test_gradients_of_every_subset(wanted: tuple[bool, ...], activation: str) -> None:
+    results = []
+    for recompute in (False, True):
+        inputs = [t.detach().requires_grad_(flag) for t, flag in zip(leaves(), wanted, strict=True)]
+        out = linear_act(*inputs, activation, recompute_preact=recompute)
+        out.backward(torch.linspace(-1, 1, M * N).view(M, N))
+        results.append([t.grad for t in inputs])
+    for kept, recomputed, flag in zip(*results, wanted, strict=True):
+        assert (recomputed is not None) == flag
+        assert recomputed is None or torch.equal(kept, recomputed)
+
+
+@all_activations
+def test_what_is_kept(activation: str) -> None:
+    """x, weight and bias are there anyway; the pre-activation is the one large tensor that only we would keep alive."""
+    inputs = leaves(torch.float16)
+    _, kept = saved_bytes(lambda: linear_act(*inputs, activation))
+    _, recomputing = saved_bytes(lambda: linear_act(*inputs, activation, recompute_preact=True))
+    if activation in KEEP_PREACT:
+        assert kept == {(M, K): 2 * M * K, (N, K): 2 * N * K, (M, N): 2 * M * N}
+        assert recomputing == {(M, K): 2 * M * K, (N, K): 2 * N * K, (N,): 2 * N}
+    else:
+        assert kept == recomputing
+        assert ((M, N) in kept) == (activation != "none")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", KEEP_PREACT)
+def test_double_backward_matches_eager(activation: str, bias: bool) -> None:
+    inputs = leaves(bias=bias)
+    wanted = [t for t in inputs if t is not None]
+
+    def second(function: Callable[..., Tensor], **options: bool) -> list[Tensor]:
+        out = function(*inputs, activation, **options)
+        first = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), wanted)]
+
+    ours = second(linear_act, recompute_preact=True)
+    for mine, theirs in zip(ours, second(reference.linear_act), strict=True):
+        assert float((mine - theirs).detach().abs().max()) <= 5e-6 * float(theirs.detach().abs().max())
+
+
+def test_batched_and_forward_over_reverse_gradients() -> None:
+    x, weight, bias = leaves()
+    directions = torch.randn(4, M, N, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in (lambda *a: linear_act(*a, recompute_preact=True), lambda *a: reference.linear_act(*a, "gelu")):
+        out = function(x, weight, bias)
+        batched = torch.autograd.grad(out, (x, weight, bias), directions, is_grads_batched=True, retain_graph=True)
+        _, tangent = torch.func.jvp(
+            lambda v, out=out: torch.autograd.grad(out, x, v, retain_graph=True)[0], (directions[0],), (directions[1],)
+        )
+        results.append([*batched, tangent])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_autocast(dtype: torch.dtype) -> None:
+    """The backward pass runs outside the autocast region, and computes again in its dtype all the same."""
+    results = []
+    for recompute in (False, True):
+        inputs = leaves()
+        with torch.autocast("cpu", dtype=dtype):
+            out = linear_act(*inputs, recompute_preact=recompute)
+        assert out.dtype == dtype
+        results.append(torch.autograd.grad(out.float().square().sum(), inputs))
+    for kept, recomputed in zip(*results, strict=True):
+        assert recomputed.dtype == torch.float32
+        assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_a_changed_input_is_noticed(which: int) -> None:
+    inputs = leaves()
+    out = linear_act(*inputs, recompute_preact=True)
+    with torch.no_grad():
+        inputs[which].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend: str) -> None:
+    """The partitioner must not move the second product into the forward, to keep its result."""
+    inputs = leaves()
+    eager = torch.autograd.grad(2 * linear_act(*inputs).sum(), inputs)
+    for recompute in (False, True):
+        function = torch.compile(
+            lambda *a, recompute=recompute: 2 * linear_act(*a, recompute_preact=recompute),
+            backend=backend,
+            fullgraph=True,
+        )
+        out, kept = saved_bytes(lambda function=function: function(*inputs))
+        assert ((M, N) in kept) == (not recompute)
+        for expected, actual in zip(eager, torch.autograd.grad(out.sum(), inputs), strict=True):
+            assert torch.equal(expected, actual)
+
+
+def test_cls_pool_passes_it_on() -> None:
+    _, weight, bias = leaves()
+    hidden = torch.randn(M, 3, K, generator=torch.Generator().manual_seed(0))
+    _, kept = saved_bytes(lambda: cls_pool(hidden, weight, bias, "gelu"))
+    _, recomputing = saved_bytes(lambda: cls_pool(hidden, weight, bias, "gelu", recompute_preact=True))
+    assert (M, N) in kept
+    assert (M, N) not in recomputing
+
+
+# --------------------------------------------------------------------------------------------------------- whole models
+
+IDS = torch.arange(2, 26).view(3, 8)
+
+
+def train(model: torch.nn.Module) -> tuple[list[Tensor], dict[tuple[int, ...], int]]:
+    model.zero_grad()
+    out, kept = saved_bytes(lambda: model(IDS).pooler_output)
+    out.square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None], kept
+
+
+def test_a_fused_model_trains_in_less_memory() -> None:
+    model = make().train()
+    preact = (*IDS.shape, model.config.intermediate_size)
+    bert_fused.fuse(model)
+    gradients, kept = train(model)
+    bert_fused.fuse(model, recompute_preact=True)
+    same, recomputing = train(model)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    preacts = model.config.num_hidden_layers * 4 * math.prod(preact)
+    assert kept[preact] - recomputing.get(preact, 0) == preacts
+    assert sum(kept.values()) - sum(recomputing.values()) >= 0.9 * preacts
+
+
+def flags(model: torch.nn.Module) -> list[bool]:
+    return [m.recompute_preact for m in model.modules() if hasattr(m, "recompute_preact")]
+
+
+def test_the_choice_is_the_modules_and_ends_with_unfuse() -> None:
+    model = make()
+    before = [dict(module.__dict__) for module in model.modules()]
+    bert_fused.fuse(model, recompute_preact=True)
+    assert flags(model) == [True] * 3
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert flags(other) == [True] * 3
+    bert_fused.verify(model, input_ids=IDS)
+    with bert_fused.fused(model):
+        assert flags(model) == [True] * 3
+    assert flags(model) == [True] * 3
+    bert_fused.fuse(model)
+    assert flags(model) == [False] * 3
+    bert_fused.fuse(model, recompute_preact=True)
+    bert_fused.unfuse(model)
+    assert flags(model) == []
+    assert [dict(module.__dict__).keys() for module in model.modules()] == [state.keys() for state in before]
+
+
+def test_fused_for_a_while() -> None:
+    model = make()
+    with bert_fused.fused(model, recompute_preact=True):
+        assert flags(model) == [True] * 3
+    assert flags(model) == []
+    bert_fused.fuse(model)
+    assert flags(model) == [False] * 3
+    with bert_fused.fused(model, recompute_preact=True):
+        assert flags(model) == [False] * 3

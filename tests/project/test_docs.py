@@ -1,0 +1,178 @@
+"""What README and docs show runs as it stands, what they name exists, and pictures and API reference are current."""
+
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import bert_fused
+from bert_fused.__main__ import parse
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "design").glob("*.md")),
+]
+sys.path.insert(0, str(ROOT / "docs"))
+
+
+def blocks(language: str) -> dict[str, str]:
+    return {
+        f"{page.relative_to(ROOT)}-{i}": block
+        for page in PAGES
+        for i, block in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL))
+    }
+
+
+PYTHON, CONSOLE = blocks("python"), blocks("console")
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_code_runs(name: str) -> None:
+    exec(compile(PYTHON[name], name, "exec"), {})
+
+
+def test_pages_have_code_and_every_block_is_looked_at() -> None:
+    for page, least in (("README.md", 3), ("docs/how-it-works.md", 4)):
+        assert sum(name.startswith(page) for name in PYTHON) >= least
+    fences = sum(len(re.findall(r"^ *```", page.read_text(), re.MULTILINE)) for page in PAGES)
+    assert fences == 2 * (len(PYTHON) + len(CONSOLE))
+
+
+def understood(line: str) -> None:
+    """A command line of ours: it parses, or its make target or extra exists. Others are errors."""
+    words = shlex.split(line, comments=True)
+    if words[:3] in ([sys_python, "-m", "bert_fused"] for sys_python in ("python", ".venv/bin/python")):
+        words = ["bert-fused", *words[3:]]
+    if words[0] == "bert-fused":
+        parse(words[1:])
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}\b.*:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+    elif words[0] in ("python", "torchrun"):
+        (script,) = (word for word in words if word.endswith(".py"))
+        text = (ROOT / script).read_text()
+        options = words[words.index(script) + 1 :]
+        assert all(f'"{option}"' in text for option in options if option.startswith("--")), line
+    elif words[:2] == ["pip", "install"]:
+        extra = re.fullmatch(r"\.\[(\w+)\]", words[2])[1]
+        assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE), line
+    else:
+        pytest.fail(f"not a command of ours: {line}")
+
+
+@pytest.mark.parametrize("name", CONSOLE)
+def test_commands_are_understood(name: str) -> None:
+    lines = CONSOLE[name].splitlines()
+    assert lines
+    for line in lines:
+        assert line.startswith("$ "), line
+        understood(line[2:])
+
+
+def test_commands_in_the_text_are_understood() -> None:
+    found = [
+        command
+        for page in PAGES
+        for command in re.findall(r"`((?:bert-fused|python -m bert_fused|make) [^`]+)`", page.read_text())
+    ]
+    assert len(found) >= 10
+    for command in found:
+        understood(command)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_of_links_are_headings_of_the_page() -> None:
+    found = [
+        (page, target, anchor)
+        for page in PAGES
+        for target, anchor in re.findall(r"\]\(([^)#:]*\.md)#([^)]+)\)", page.read_text())
+    ]
+    assert len(found) >= 3
+    for page, target, anchor in found:
+        assert anchor in anchors(page.parent / target), f"{page.name} links {target}#{anchor}"
+
+
+def test_design_is_split_into_short_pages_that_its_readme_lists() -> None:
+    folder = ROOT / "docs" / "design"
+    listed = (folder / "README.md").read_text()
+    for page in folder.glob("*.md"):
+        lines = page.read_text().splitlines()
+        assert len(lines) < 150, page.name
+        assert max(map(len, lines)) <= 120, page.name
+        assert page.name == "README.md" or f"| [{page.name}]({page.name}) |" in listed, page.name
+
+
+def drawn(svg: Path) -> list[tuple[str, str]]:
+    """What a picture shows: its texts, and its shapes to a tenth of a point."""
+
+    def rounded(numbers: str) -> str:
+        return re.sub(r"-?\d+\.?\d*", lambda number: f"{float(number[0]):.1f}", numbers)
+
+    return [
+        (
+            element.tag.rpartition("}")[2],
+            rounded(element.get("d") or element.get("transform") or "") + (element.text or ""),
+        )
+        for element in ET.parse(svg).iter()
+        if element.tag.endswith(("}path", "}text"))
+    ]
+
+
+def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
+    import draw
+
+    draw.main(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in draw.FOLDER.iterdir()}
+    for path in tmp_path.iterdir():
+        assert drawn(path) == drawn(draw.FOLDER / path.name), f"{path.name} is stale: make pictures"
+        assert "<dc:date>" not in path.read_text()
+
+
+def test_the_timeline_is_the_models_and_says_so() -> None:
+    """Its ends are the clocks of the cycle model for so many tiles on each SM."""
+    import draw
+
+    from bert_fused.tune.candidates import chip_of, modelled_clocks
+
+    tiles = draw.TILES_PER_SM * chip_of(draw.ARCH).sms
+    columns = draw.N // draw.TILE.block_n
+    assert tiles % columns == 0
+    rows = tiles // columns * draw.TILE.block_m
+    configs = (draw.TILE, replace(draw.TILE, persistent=1))
+    for (title, timelines), config in zip(draw.timelines().items(), configs, strict=True):
+        end = max(start + length for spans in timelines for start, length, _ in spans)
+        assert end == modelled_clocks(config, rows, draw.N, draw.K, draw.ARCH), title
+        for spans in timelines:
+            for (start, length, _), (later, _, _) in itertools.pairwise(spans):
+                assert later >= start + length
+    assert "MODELLED, not measured" in (draw.FOLDER / "tile-timeline.svg").read_text()
+
+
+def test_the_api_reference_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-E", "-b", "html", "docs/api"]
+    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "index.html").read_text()
+    for name in bert_fused.__all__:
+        assert f'id="bert_fused.{name}"' in page, name
