@@ -41,6 +41,8 @@ RESERVED = 1024
 RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
 # Rows at which candidates are asked for.
 OFFERED_ROWS = tuple(2**i for i in range(18))
+# N and K of the three models' intermediates and poolers.
+MODEL_SHAPES = tuple((n, k) for k, wide in MODELS.values() for n in (wide, k))
 # BERT-base: the shape whose time is modelled for configurations that serve any N and K, and for the passes.
 N, K = 3072, 768
 PASS_ROWS = 8192
@@ -166,7 +168,7 @@ def offered_configs(arch: int) -> dict[Config, tuple[int, int, int]]:
     bf16 gets fp16's tiles and has an instruction less per element. It is compiled only where wgmma may be serialized.
     """
     dtypes = ("float16", "bfloat16", "tf32") if MATRIX_INSTRUCTION[arch] == "HGMMA" else ("float16", "tf32")
-    shapes = [(M, N, K) for M in OFFERED_ROWS for K, wide in MODELS.values() for N in (wide, K)]
+    shapes = [(M, n, k) for M in OFFERED_ROWS for n, k in MODEL_SHAPES]
     return {
         config: shape
         for shape in sorted(shapes, key=math.prod)
@@ -198,7 +200,8 @@ def row_variants(kernel: str) -> int:
 def shapes_served(config: Config, arch: int) -> list[tuple[int, int, int]]:
     """M, N and K of products that an architecture's table gives to a configuration."""
     served = [(entry.m, entry.n or N, entry.k or K) for entry in load_table(arch) if entry.config == config]
-    return served + [(M, N, K) for M in (1, 4096) if get_config(M, N, K, config.dtype, arch, aligned=True) == config]
+    asked = ((M, n, k) for M in (1, 4096) for n, k in MODEL_SHAPES)
+    return served + [shape for shape in asked if get_config(*shape, config.dtype, arch, aligned=True) == config]
 
 
 def intended_blocks(config: Config, arch: int, shapes: list[tuple[int, int, int]]) -> int:

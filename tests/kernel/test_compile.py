@@ -16,12 +16,14 @@ import pytest
 from benchmarks.intermediate import matrix_instructions, right_instruction
 from benchmarks.machine_code import hides_bias
 from benchmarks.sass import (
+    MODEL_SHAPES,
     RESIDENT_BLOCKS,
     broken_budgets,
     intended_blocks,
     linear_times,
     offered_configs,
     pass_times,
+    shapes_served,
 )
 from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, shipped_configs
 from bert_fused.tune.candidates import resident_blocks
@@ -86,8 +88,8 @@ def test_shipped_and_offered_configurations(arch: int, tmp_path: Path) -> None:
             assert row["epilogue_per_element"] > 0, row
             assert hides_bias(row["order"]), row
     offered = [row for row in rows if row.get("offered")]
-    assert len(offered) > 20
     names = {(row["dtype"], row["config"]) for row in (*linear, *offered)}
+    assert len(names) > 20
     assert names == {(c.dtype, str(c)) for c in (*shipped_configs(arch), *offered_configs(arch))}
     assert any("persistent" in row["config"] for row in offered) == (90 <= arch < 120)
     shipped = {(arch, row["config"]) for row in linear}
@@ -97,7 +99,11 @@ def test_shipped_and_offered_configurations(arch: int, tmp_path: Path) -> None:
     for row in linear:
         kinds[row["dtype"], row["config"]].add((row["rows"], row["save_preact"]))
     assert all(found >= {(17, True), (16, False)} for found in kinds.values())
-    of_one_row = {get_config(1, 3072, 768, dtype, arch, aligned=True) for dtype in ("float16", "bfloat16", "tf32")}
+    of_one_row = {
+        get_config(1, *shape, dtype, arch, aligned=True)
+        for shape in MODEL_SHAPES
+        for dtype in ("float16", "bfloat16", "tf32")
+    } | {c for c in shipped_configs(arch) if any(M == 1 for M, _, _ in shapes_served(c, arch))}
     assert {key for key, found in kinds.items() if (1, True) in found} == {(c.dtype, str(c)) for c in of_one_row}
 
 
