@@ -42,11 +42,12 @@ def linear_act(
         TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
-    if not recompute_preact and not torch.compiler.is_dynamo_compiling() and is_plain(x, weight, bias):
+    if not torch.compiler.is_dynamo_compiling() and is_plain(x, weight, bias):
         needs_grad = _is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        call = _kept_call(_key_of(x, weight, bias, activation, needs_grad and activation in NEEDS_PREACT))
+        save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
+        call = _kept_call(_key_of(x, weight, bias, activation, save_preact))
         output = call(x, weight, bias) if call is not None else None
         if output is not None:
             if needs_grad:
@@ -69,7 +70,7 @@ def linear_act(
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
-    if torch.compiler.is_compiling() or (recompute_preact and needs_grad):
+    if torch.compiler.is_compiling():
         rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
         out: Tensor = operator(rows, weight, bias, activation, save_preact)[0]
         return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
