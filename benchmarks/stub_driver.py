@@ -96,7 +96,7 @@ def install() -> ctypes.CDLL:
     driver.get_device_capability = lambda device: divmod(ARCH, 10)
     triton.runtime.driver.set_active(driver)
 
-    from bert_fused import fallback, ops
+    from bert_fused import autograd, fallback
     from bert_fused.hf import modules
     from bert_fused.kernels import runtime
 
@@ -110,6 +110,6 @@ def install() -> ctypes.CDLL:
     runtime._num_sms_of_index = functools.cache(lambda index: SMS)
     runtime._name_of_index = functools.cache(lambda index: "stub")
     modules._CPU_HAS_KERNELS = True
-    for module in (fallback, ops, modules):
+    for module in (autograd, fallback, modules):
         vars(module)["device_reason"] = device_reason
     return stub

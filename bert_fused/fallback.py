@@ -13,6 +13,9 @@ from torch.autograd import forward_ad
 logger = logging.getLogger("bert_fused")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from .kernels import runtime
+
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The interpreter computes bfloat16 on its bit patterns (triton-lang/triton#11584).
 INTERPRETER_DTYPES = (torch.float16, torch.float32)
@@ -33,19 +36,13 @@ _is_autocast_enabled = torch.is_autocast_enabled
 def _gpu_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "ROCm is not supported"
-    from .kernels.runtime import arch_of
-
-    arch = arch_of(device)
+    arch = runtime.arch_of(device)
     return None if arch >= MIN_ARCH else f"sm_{arch} is older than sm_{MIN_ARCH}"
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when Triton was imported)."""
-    if not HAS_TRITON:
-        return False
-    from .kernels.runtime import INTERPRETED
-
-    return INTERPRETED
+    return HAS_TRITON and runtime.INTERPRETED
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,206 +1,17 @@
-"""``linear_act`` and ``cls_pool``: checks, choice of path, autograd, and the operators registered with torch."""
-
-from collections.abc import Callable
-from typing import Any, cast
+"""``linear_act`` and ``cls_pool``: checks, and the choice of path."""
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .fallback import device_reason, fallback_reason, forward_ad_is_active, is_plain, log_once
+from .autograd import launch, operator, record
+from .fallback import fallback_reason, is_plain, log_once
 from .kernels import replay
-from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT, NEEDS_PREACT
+from .reference import ACTIVATIONS, NEEDS_PREACT
 
-_library = torch.library.Library("bert_fused", "DEF")
-_library.define(
-    "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_preact) -> (Tensor, Tensor)"
-)
-_library.define("linear_act_bwd(Tensor d_out, Tensor saved, str activation, bool bias_grad) -> (Tensor, Tensor)")
-
-
-def _linear_act_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
-) -> tuple[Tensor, Tensor]:
-    """x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; ``(out, preact)``, with an empty preact unless it is saved."""
-    if x.dim() != 2:
-        raise ValueError(f"x must be [M, K], got shape {tuple(x.shape)}")
-    if device_reason(x.device, x.dtype) is None:
-        from .kernels.linear_act import linear_act_fwd
-
-        out, preact = linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact)
-    else:
-        preact = torch.nn.functional.linear(x, weight, bias)
-        out = reference.act(preact, activation)
-        # Outputs of an operator must not share memory.
-        out = out.clone() if out is preact and save_preact else out
-    return out, preact if save_preact and preact is not None else x.new_empty(0)
-
-
-def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """d_out and saved ``[M, N]``; ``(d_preact, d_bias)``, with an empty d_bias unless it is asked for."""
-    if device_reason(saved.device, saved.dtype) is None:
-        from .kernels.act_grad import act_bwd
-
-        d_preact, d_bias = act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
-        return d_preact, d_bias if d_bias is not None else saved.new_empty(0)
-    d_preact = reference.act_grad(d_out, saved, activation).contiguous()
-    # Outputs of an operator must not share memory with its inputs.
-    d_preact = d_preact.clone() if d_preact is d_out else d_preact
-    return d_preact, d_preact.sum(0) if bias_grad else saved.new_empty(0)
-
-
-def _linear_act_fwd_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape if save_preact else (0,))
-
-
-def _linear_act_bwd_fake(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    return saved.new_empty(saved.shape), saved.new_empty(saved.shape[1] if bias_grad else 0)
-
-
-_library.impl("linear_act_fwd", _linear_act_fwd, "CompositeExplicitAutograd")
-_library.impl("linear_act_bwd", _linear_act_bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("bert_fused::linear_act_fwd", _linear_act_fwd_fake, lib=_library)
-torch.library.register_fake("bert_fused::linear_act_bwd", _linear_act_bwd_fake, lib=_library)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    """Keep what the wanted gradients need, and nothing else.
-
-    The pre-activation is kept as an output, although no caller sees it: a saved output knows where it came from, so
-    that double backward differentiates through it without x, weight and bias (docs/design/autograd.md).
-    """
-    x, weight, bias, activation, save_preact = inputs
-    out, preact = output
-    x_grad, weight_grad = ctx.needs_input_grad[:2]
-    from_output = activation in GRAD_FROM_OUTPUT
-    recompute = not save_preact and activation in NEEDS_PREACT
-    ctx.how = activation, save_preact, recompute
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if weight_grad or recompute else None,
-        weight if x_grad or recompute else None,
-        bias if recompute else None,
-        out if from_output else preact if save_preact and activation != "none" else None,
-    )
-
-
-def _backward(
-    ctx: Any, how: tuple[str, bool, bool], d_out: Tensor | None, *d_others: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias.
-
-    d_others: the gradient of the pre-activation, where that is an output; None but in a double backward.
-    """
-    x, weight, bias, saved = ctx.saved_tensors
-    activation, save_preact, recompute = how
-    d_preact_direct = d_others[0] if d_others else None
-    x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
-    if not save_preact or torch.compiler.is_compiling():
-        d_preact_direct = None  # of an empty tensor, or zeros that Dynamo makes: compiled code is differentiated once
-    leading = next((t.shape[:-1] for t in (d_out, d_preact_direct) if t is not None), ())
-    d_out, d_preact_direct, x, saved = _rows(d_out), _rows(d_preact_direct), _rows(x), _rows(saved)
-    if recompute:
-        # By the kernel of the forward, so that it has the bits that would have been saved.
-        saved = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, "none", False)[0]
-    elif not d_others and activation in NEEDS_PREACT and torch.is_grad_enabled():
-        # The saved value, with the derivative of where it came from.
-        origin = torch.ops.bert_fused.linear_act_fwd(x, weight, ctx.bias, "none", False)[0]
-        saved = saved + (origin - origin.detach())
-    d_bias: Tensor | None = None
-    if d_out is None:
-        d_preact = d_preact_direct
-    elif torch.is_grad_enabled() or forward_ad_is_active() or d_preact_direct is not None or activation == "none":
-        # Second derivatives: only torch's own operations can be differentiated again.
-        d_preact = reference.act_grad(d_out, saved, activation)
-        d_preact = d_preact if d_preact_direct is None else d_preact + d_preact_direct
-    else:
-        d_preact, d_bias = torch.ops.bert_fused.linear_act_bwd(d_out, saved, activation, bias_grad)
-    if d_preact is None:
-        return None, None, None
-    if bias_grad and d_bias is None:
-        d_bias = d_preact.sum(0)
-    d_x = (d_preact @ weight).reshape(*leading, weight.shape[1]) if x_grad else None
-    d_weight = d_preact.t() @ x if weight_grad else None
-    return d_x, d_weight, d_bias if bias_grad else None
-
-
-def _rows(tensor: Any) -> Any:
-    """A kept call's tensors have the caller's dimensions."""
-    if tensor is None or tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # -1 is ambiguous where there is no element
-
-
-class _LinearAct(torch.autograd.Function):
-    """``linear_act`` where a gradient is wanted: fewer steps per call than the operator's own registered autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        out, preact = torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, save_preact)
-        output = (out, preact if save_preact else None)
-        _save(ctx, (x, weight, bias, activation, save_preact), output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, ctx.how, *d_outputs), None, None
-
-
-def _eager_graph(activation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """``_LinearAct`` in eager mode: ``(x, weight, bias, (out, preact))`` to a tuple that begins with out and its graph,
-    where x has any number of dimensions.
-
-    One function for each activation, and as few steps as can be: this is a third of a call's time. A kept call and a
-    new one save the same, since checkpointing compares what forward and recomputation save.
-    """
-    how = activation, activation in NEEDS_PREACT, False
-    from_output = activation in GRAD_FROM_OUTPUT
-
-    class LinearAct(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: tuple[Tensor, Tensor | None]
-        ) -> tuple[Tensor | None, ...]:
-            out, preact = outputs
-            ctx.set_materialize_grads(False)
-            if x.requires_grad and weight.requires_grad:
-                # One output costs less than two: with these a double backward can tie the pre-activation to its origin.
-                ctx.save_for_backward(x, weight, None, out if from_output else preact)
-                ctx.bias = bias  # eager allows it to change before the backward pass, and only its gradient is wanted
-                return (out,)
-            ctx.save_for_backward(
-                x if weight.requires_grad else None,
-                weight if x.requires_grad else None,
-                None,
-                out if from_output else preact,
-            )
-            return outputs
-
-        @staticmethod
-        def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-            return *_backward(ctx, how, *d_outputs), None
-
-    # What ``apply`` comes to where no functorch transform is active: half of its time goes into asking.
-    return cast(Callable[..., tuple[Tensor, Tensor | None]], super(torch.autograd.Function, LinearAct).apply)
-
-
-_graph_of = {activation: _eager_graph(activation) for activation in ACTIVATIONS}
 _kept_call = replay.calls.get
 _key_of = replay.key_of
 _is_grad_enabled = torch.is_grad_enabled
-
-
-torch.library.register_autograd(
-    "bert_fused::linear_act_fwd",
-    lambda ctx, *d_outputs: (*_backward(ctx, ctx.how, *d_outputs), None, None),
-    setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
-    lib=_library,
-)
 
 
 def linear_act(
@@ -231,15 +42,16 @@ def linear_act(
         TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
-    if not recompute_preact and not torch.compiler.is_dynamo_compiling() and is_plain(x, weight, bias):
+    if not torch.compiler.is_dynamo_compiling() and is_plain(x, weight, bias):
         needs_grad = _is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        call = _kept_call(_key_of(x, weight, bias, activation, needs_grad and activation in NEEDS_PREACT))
+        save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
+        call = _kept_call(_key_of(x, weight, bias, activation, save_preact))
         output = call(x, weight, bias) if call is not None else None
         if output is not None:
             if needs_grad:
-                return _graph_of[activation](x, weight, bias, output)[0]
+                return record(x, weight, bias, activation, output)[0]
             return output[0]
     if isinstance(x, Tensor) and x.is_nested:
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
@@ -257,28 +69,13 @@ def linear_act(
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if torch.compiler.is_compiling() or (recompute_preact and needs_grad):
+    save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
+    if torch.compiler.is_compiling():
         rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-        out = _call_operator(rows, weight, bias, activation, recompute_preact, needs_grad)
+        out: Tensor = operator(rows, weight, bias, activation, save_preact)[0]
         return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
-
-    from .kernels.linear_act import linear_act_fwd
-
-    save_preact = needs_grad and activation in NEEDS_PREACT
-    output = linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact)
-    if needs_grad:
-        return _graph_of[activation](x, weight, bias, output)[0]
-    return output[0]
-
-
-def _call_operator(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool, needs_grad: bool
-) -> Tensor:
-    """x ``[M, K]`` to ``[M, N]`` by what torch.compile can trace."""
-    if needs_grad:
-        save_preact = not recompute_preact and activation in NEEDS_PREACT
-        return _LinearAct.apply(x, weight, bias, activation, save_preact)[0]  # type: ignore[no-any-return, no-untyped-call]
-    return cast(Tensor, torch.ops.bert_fused.linear_act_fwd(x, weight, bias, activation, False)[0])
+    outputs = launch(x, weight, bias, activation, save_preact)
+    return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
 
 
 def cls_pool(

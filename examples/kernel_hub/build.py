@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent.parent / "bert_fused"
-COPIED = ("fallback.py", "guards.py", "ops.py", "reference.py")
+COPIED = ("autograd.py", "fallback.py", "guards.py", "ops.py", "reference.py")
 INIT = '''"""BERT's dense blocks as single Triton kernels, for Hugging Face's kernelize. Made by bert_fused."""
 
 from . import layers
@@ -48,7 +48,7 @@ def build(folder: Path, backends: tuple[str, ...] = ("cuda",)) -> list[Path]:
         for name, text in files.items():
             path = variant / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(re.sub(r"\bbert_fused\b", identity, text) if name == "ops.py" else text)
+            path.write_text(re.sub(r"\bbert_fused\b", identity, text) if name == "autograd.py" else text)
         metadata = {
             "id": identity,
             "name": "bert-fused",

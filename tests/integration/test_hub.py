@@ -24,7 +24,7 @@ def test_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metadata = json.loads((variant / "metadata.json").read_text())
     assert metadata["python-depends"] == []
     assert metadata["backend"] == {"type": "cuda"}
-    assert f'Library("{metadata["id"]}"' in (variant / "ops.py").read_text()
+    assert f'Library("{metadata["id"]}"' in (variant / "autograd.py").read_text()
     for path in variant.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

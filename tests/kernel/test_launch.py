@@ -59,10 +59,10 @@ class InterpretedCall:
         return linear_act_fwd(x, weight, bias, **how)
 
 
-def keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> InterpretedCall:
+def keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute: bool = False) -> InterpretedCall:
     """As if such a call had been made and kept."""
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
-    saves_preact = needs_grad and activation not in ("relu", "tanh", "none")
+    saves_preact = needs_grad and not recompute and activation not in ("relu", "tanh", "none")
     call = InterpretedCall(activation, saves_preact)
     replay.calls[replay.key_of(x, weight, bias, activation, saves_preact)] = call
     return call
@@ -84,13 +84,19 @@ def leaves(shape: tuple[int, ...], wanted: tuple[bool, bool, bool], seed: int = 
 WANTED = [(x, w, b) for x in (True, False) for w in (True, False) for b in (True, False) if x or w or b]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "tanh", "none"])
+@pytest.mark.parametrize(
+    ("activation", "recompute"),
+    [("gelu", False), ("gelu", True), ("relu", False), ("tanh", False), ("none", False)],
+    ids=["gelu", "gelu recomputed", "relu", "tanh", "none"],
+)
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("xwb"[i] for i in range(3) if w[i]))
-def test_gradients_of_a_kept_call(activation: str, shape: tuple[int, ...], wanted: tuple[bool, bool, bool]) -> None:
+def test_gradients_of_a_kept_call(
+    activation: str, recompute: bool, shape: tuple[int, ...], wanted: tuple[bool, bool, bool]
+) -> None:
     ours, eager = leaves(shape, wanted), leaves(shape, wanted)
-    call = keep(*ours, activation)
-    out, expected = linear_act(*ours, activation), reference.linear_act(*eager, activation)
+    call = keep(*ours, activation, recompute)
+    out, expected = linear_act(*ours, activation, recompute_preact=recompute), reference.linear_act(*eager, activation)
     assert call.made == 1
     torch.testing.assert_close(out, expected)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))

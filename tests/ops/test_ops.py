@@ -495,7 +495,7 @@ def test_dynamo_is_kept_from_eager_modes_questions(monkeypatch) -> None:
     torch.testing.assert_close(compiled(x, weight, bias), reference.linear_act(x, weight, bias, "gelu"))
 
 
-def test_compiled_training_step() -> None:
+def test_compiled_training_step(launches) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(linear_act, fullgraph=True, backend=counter)
@@ -505,7 +505,23 @@ def test_compiled_training_step() -> None:
         linear_act(*eager).square().sum().backward()
         for mine, theirs in zip(ours, eager, strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad)
+    assert launches == 4 * ["linear_act_fwd", "act_bwd"]
     assert "linear_act_fwd" in counter.graphs[0].print_readable(print_output=False)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_double_backward_of_a_traced_operator(recompute) -> None:
+    """Dynamo's graph holds the operator, and its gradient in turn has one."""
+    torch._dynamo.reset()
+    traced = torch.compile(lambda *a: linear_act(*a, recompute_preact=recompute), backend="eager", fullgraph=True)
+
+    def second(function):
+        leaves = tensors(2, 3, grad=True)
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for mine, theirs in zip(second(traced), second(lambda *a: reference.linear_act(*a, "gelu")), strict=True):
+        assert float((mine - theirs).abs().max()) <= 5e-6 * float(theirs.abs().max())
 
 
 @pytest.mark.parametrize("strict", [False, True])
