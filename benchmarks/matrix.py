@@ -44,7 +44,7 @@ def compile_all(arch: str, version: str) -> list[Row]:
         if report.exists():
             rows: list[Row] = json.loads(report.read_text())
             return rows
-    why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}, no message"])[-1]
     return [{"kernel": "sass", "arch": int(arch), "dtype": "", "config": "", "triton": version, "broken": [why]}]
 
 

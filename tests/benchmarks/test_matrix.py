@@ -54,11 +54,18 @@ def test_the_command(bad: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_dead_compiler_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "message", "reason"),
+    [
+        (-11, "Fatal Python error\nSegmentation fault\n", "Segmentation fault"),
+        (-9, "", "exit status -9, no message"),
+    ],
+)
+def test_a_dead_compiler_is_red(code: int, message: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def died(command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
-        return subprocess.CompletedProcess(command, -11, "", "Fatal Python error\nSegmentation fault\n")
+        return subprocess.CompletedProcess(command, code, "", message)
 
     monkeypatch.setattr(matrix.subprocess, "run", died)
     (row,) = matrix.compile_all("90", "3.7.1")
-    assert row["broken"] == ["Segmentation fault"]
+    assert row["broken"] == [reason]
     assert matrix.table(90, [row], ["3.7.1"])[1] == 1

@@ -143,6 +143,8 @@ def test_results_stay_right(kind, change, tmp_path, monkeypatch, caplog) -> None
                                 a, b = mine[key], other[key]
                                 a, b = (a[keep], b[keep]) if a.shape[:2] == keep.shape else (a, b)
                                 assert difference(a, b) <= TOLERANCE, (name, pattern, training, options)
+        if (kind, change) == ("BertEncoder", "added and given"):
+            assert packed == 0  # it may be per token, and rows are packed by the time that the layers run
         if not packed or "does not know" in caplog.text:
             said = " ".join(report.skipped.values()) + caplog.text
             assert kind in said, (name, said)
