@@ -10,7 +10,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bert_fused.kernels import act_grad, act_pass, linear_act
+from bert_fused.kernels import elementwise, linear_act
 from bert_fused.kernels.configs import Config
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
@@ -69,8 +69,8 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
 
 
 def compile_pass(dtype: str, arch: int, *, activation: str) -> Compiled:
-    constants = {"ACTIVATION": activation, "BLOCK": act_pass.BLOCK}
-    return compile_kernel(act_pass.act_fwd_kernel, dtype, arch, constants, {})
+    constants = {"ACTIVATION": activation, "BLOCK": elementwise.FWD_BLOCK}
+    return compile_kernel(elementwise.act_fwd_kernel, dtype, arch, constants, {})
 
 
 def compile_grad(dtype: str, arch: int, *, activation: str) -> Compiled:
@@ -78,11 +78,11 @@ def compile_grad(dtype: str, arch: int, *, activation: str) -> Compiled:
         "stride_dn": 1,
         "ACTIVATION": activation,
         "BIAS_GRAD": True,
-        "ROWS_PER_PROGRAM": act_grad.MAX_ROWS_PER_PROGRAM,
-        "BLOCK_M": act_grad.BLOCK_M,
-        "BLOCK_N": act_grad.BLOCK_N,
+        "ROWS_PER_PROGRAM": elementwise.MAX_ROWS_PER_PROGRAM,
+        "BLOCK_M": elementwise.BLOCK_M,
+        "BLOCK_N": elementwise.BLOCK_N,
     }
-    return compile_kernel(act_grad.act_bwd_kernel, dtype, arch, constants, {}, ("M",))
+    return compile_kernel(elementwise.act_bwd_kernel, dtype, arch, constants, {}, ("M",))
 
 
 def compile_kernel(

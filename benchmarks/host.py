@@ -54,9 +54,9 @@ def measure(rounds: int, planted_us: float) -> Samples:
 
     from bert_fused import FusedBertIntermediate, FusedBertPooler
     from bert_fused.hf import modules
-    from bert_fused.kernels import replay
-    from bert_fused.kernels.configs import get_config
     from bert_fused.kernels.linear_act import linear_act_fwd
+    from bert_fused.kernels.lookup import get_config
+    from bert_fused.kernels.plan import key_of, plans
     from bert_fused.timing import interleave
 
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def measure(rounds: int, planted_us: float) -> Samples:
     weight, bias = ours.dense.weight, ours.dense.bias
     with torch.no_grad():
         ours(x)
-    kept = replay.calls[replay.key_of(x, weight, bias, "gelu", False)]
+    kept = plans[key_of(("gelu", False), x, weight, bias)]
     calls["launcher"] = functools.partial(kept, x, weight, bias)
     calls["launcher_tma"] = functools.partial(forward, wide, wide[:64], None)
     config = get_config(TOKENS, HIDDEN, HIDDEN, "tf32", stub_driver.ARCH, aligned=True)

@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
 from bert_fused import reference
 from bert_fused.fallback import device_reason
-from bert_fused.kernels.configs import get_config
+from bert_fused.kernels.lookup import get_config
 from bert_fused.timing import MIN_CALLS, Call, buffer_count
 from bert_fused.tune import accuracy
 from bert_fused.tune.accuracy import rows_of

@@ -17,8 +17,9 @@ import triton
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 
-from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.configs import MAX_M, SHARED_MEMORY, Config, get_config, load_table, shipped_configs
+from bert_fused.kernels import elementwise, linear_act
+from bert_fused.kernels.configs import SHARED_MEMORY, Config
+from bert_fused.kernels.lookup import MAX_M, get_config, load_table, shipped_configs
 from bert_fused.tune.candidates import (
     LATENCY,
     Chip,
@@ -61,7 +62,7 @@ EPILOGUE_BUDGET = {
 EPILOGUE_BUDGET_CONFIG = (90, "tma 128x128x64 4 warps 3 stages")
 DERIVATIVE_BUDGET = 16.0
 DERIVATIVE_COUNTED = ((90, "float16"), (90, "bfloat16"))
-GRAD_TILE = act_grad.BLOCK_M * act_grad.BLOCK_N
+GRAD_TILE = elementwise.BLOCK_M * elementwise.BLOCK_N
 
 
 def matrix_instruction(arch: int, block_m: int) -> str:
@@ -129,7 +130,7 @@ def inspect_arch(arch: int) -> Iterator[dict[str, Any]]:
     for dtype in ("float16", "bfloat16", "float32"):
         row = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False, "triton": triton.__version__}
         for activation in activations_to_check(dtype):
-            stats = inspect(compile_pass(dtype, arch, activation=activation), arch, act_pass.BLOCK, code=False)
+            stats = inspect(compile_pass(dtype, arch, activation=activation), arch, elementwise.FWD_BLOCK, code=False)
             yield row | of_kernel("act_fwd") | {"activation": activation} | stats | pass_times(2, dtype, arch)
         counted = (arch, dtype) in DERIVATIVE_COUNTED
         relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, GRAD_TILE) if counted else {}
@@ -188,8 +189,8 @@ def row_variants(kernel: str) -> int:
     """How many kernels Triton makes of one for all numbers of rows, by what it specialises on."""
     jitted, name = {
         "linear_act_fwd": (linear_act.linear_act_fwd_kernel, "M"),
-        "act_fwd": (act_pass.act_fwd_kernel, "numel"),
-        "act_bwd": (act_grad.act_bwd_kernel, "M"),
+        "act_fwd": (elementwise.act_fwd_kernel, "numel"),
+        "act_bwd": (elementwise.act_bwd_kernel, "M"),
     }[kernel]
     (parameter,) = [parameter for parameter in jitted.params if parameter.name == name]
     special, aligned = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment

@@ -16,7 +16,7 @@ from .fallback import HAS_TRITON, device_reason, forward_ad_is_active
 from .reference import GRAD_FROM_OUTPUT, NEEDS_PREACT
 
 if HAS_TRITON:
-    from .kernels import act_grad
+    from .kernels import elementwise
     from .kernels import linear_act as forward
 
 Outputs = tuple[Tensor, Tensor | None]  # out and preact
@@ -56,7 +56,7 @@ def _linear_act_fwd(
 def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
     """d_out and saved ``[M, N]``; ``(d_preact, d_bias)``, with an empty d_bias unless it is asked for."""
     if device_reason(saved.device, saved.dtype) is None:
-        d_preact, d_bias = act_grad.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
+        d_preact, d_bias = elementwise.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
         return d_preact, d_bias if d_bias is not None else saved.new_empty(0)
     d_preact = reference.act_grad(d_out, saved, activation).contiguous()
     # Outputs of an operator must not share memory with its inputs.

@@ -120,14 +120,14 @@ def reading_reason(tensor: Tensor) -> str | None:
 
 
 def is_plain(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether kernels are on, and no subclass, mode, transform, tracing, autocast or negated tensor is involved.
+    """Whether there are kernels, and no subclass, mode, transform, tracing, autocast or negated tensor is involved.
 
     Assumes that torch.compile and torch.export are not tracing. These are the checks of ``linear_act`` that do not
-    depend on dtype, device or shape, in the fewest steps. ``kernels/replay.py`` finds lazily zero tensors: their
-    address is 0.
+    depend on dtype, device or shape, in the fewest steps. ``kernels/plan.py`` tells lazily zero tensors apart.
     """
     return (
-        type(x) is Tensor
+        HAS_TRITON
+        and type(x) is Tensor
         and type(weight) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
         and _environment.get(_SWITCH) in _NOT_SET

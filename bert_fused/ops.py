@@ -5,12 +5,12 @@ from torch import Tensor
 
 from . import reference
 from .autograd import launch, operator, record
-from .fallback import fallback_reason, is_plain, log_once
-from .kernels import replay
+from .fallback import HAS_TRITON, fallback_reason, is_plain, log_once
 from .reference import ACTIVATIONS, NEEDS_PREACT
 
-_kept_call = replay.calls.get
-_key_of = replay.key_of
+if HAS_TRITON:
+    from .kernels.plan import key_of, plans
+
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -47,12 +47,10 @@ def linear_act(
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
         save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
-        call = _kept_call(_key_of(x, weight, bias, activation, save_preact))
-        output = call(x, weight, bias) if call is not None else None
-        if output is not None:
-            if needs_grad:
-                return record(x, weight, bias, activation, output)[0]
-            return output[0]
+        plan = plans.get(key_of((activation, save_preact), x, weight, bias))
+        if plan is not None:  # an equal call has passed the checks below
+            outputs = plan(x, weight, bias)
+            return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
     if isinstance(x, Tensor) and x.is_nested:
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
     _check(x, weight, bias, activation)

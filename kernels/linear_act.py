@@ -7,18 +7,16 @@ accumulated in fp32; bias and activation are applied to the accumulator, so the 
 The grouped order of tiles is that of Triton's matrix multiplication tutorial.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
+from torch import Tensor
 
-from . import replay
-from .act_pass import act_fwd
 from .activations import apply_activation
-from .configs import Config, get_config
-from .launch import launch
+from .configs import Config
+from .elementwise import library_plan
+from .lookup import get_config
+from .plan import Launch, Matrix, Outputs, Plan, keep, key_of, plans
 from .runtime import arch_of, name_of, num_sms
 
 
@@ -197,143 +195,97 @@ def linear_act_fwd_kernel(
 
 
 def linear_act_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     *,
     activation: str,
     save_preact: bool,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Outputs:
     """``(out, preact)``, both contiguous ``[..., N]``, in no graph; preact is None unless ``save_preact``.
 
-    x ``[..., K]`` and weight ``[N, K]`` may have any strides. ``config`` overrides the lookup and calls kept from
-    before; one for TMA needs every row of x, weight and out on a 16-byte boundary.
+    x ``[..., K]`` and weight ``[N, K]`` may have any strides. ``config`` goes before the tables and the kept plans; one
+    for TMA needs every row of x, weight and out on a 16-byte boundary.
     """
     if config is not None:
-        return _call(x, weight, bias, activation, save_preact, config)[0]
-    key = replay.key_of(x, weight, bias, activation, save_preact)
-    kept = replay.calls.get(key)
-    outputs = kept(x, weight, bias) if kept is not None else None
-    if outputs is None:
-        outputs, call = _call(x, weight, bias, activation, save_preact, None)
-        if call is not None:
-            replay.keep(key, call)
+        return _make_plan(x, weight, bias, activation, save_preact, config)(x, weight, bias)
+    key = key_of((activation, save_preact), x, weight, bias)
+    plan = plans.get(key)
+    if plan is None:
+        plan = _make_plan(x, weight, bias, activation, save_preact, None)
+        keep(key, plan)
+    outputs: Outputs = plan(x, weight, bias)
     return outputs
 
 
-def _call(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    save_preact: bool,
-    config: Config | None,
-) -> tuple[replay.Outputs, replay.Call | None]:
-    """The outputs, and what makes them again from other tensors of this kind, if that can be kept."""
+def _make_plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool, config: Config | None
+) -> Plan:
+    """A function of x, weight and bias that serves this call and all that have its key."""
     N, K = weight.shape
-    shape = (*x.shape[:-1], N)
     M = x.shape[:-1].numel()
+    shape = (*x.shape[:-1], N)
     if M == 0 or N == 0:
-        return (x.new_empty(shape), x.new_empty(shape) if save_preact else None), None
+        return lambda x, weight, bias: (x.new_empty(shape), x.new_empty(shape) if save_preact else None)
     rows = x.detach().reshape(M, K)
     if config is None:
         aligned = _is_aligned(rows, N) and _is_aligned(weight, N)
         precision, arch, device = _precision(x.dtype), arch_of(x.device), name_of(x.device)
         config = get_config(M, N, K, precision, arch, aligned=aligned, device=device)
     if config.kernel == "library" or K == 0:  # a product of nothing is the bias, and the kernel assumes K > 0
-        return _library(x, weight, bias, activation, save_preact)
+        return library_plan(M * N, activation, save_preact)
 
-    bias_row = bias.contiguous() if bias is not None else None
-    out = x.new_empty(shape)
-    preact = x.new_empty(shape) if save_preact else None
-    tma = config.kernel == "tma"
-    matrices = (rows, weight, out.view(M, N), preact.view(M, N) if preact is not None else None)
-    arguments: tuple[Any, ...] = matrices
-    if tma:
-        tiles = [(config.block_m, config.block_k), (config.block_n, config.block_k)]
-        tiles += 2 * [(config.block_m, config.block_n // config.subtiles)]
-        arguments = tuple(
-            None if matrix is None else TensorDescriptor.from_tensor(matrix, list(tile))
-            for matrix, tile in zip(matrices, tiles, strict=True)
-        )
-    x_arg, w_arg, out_arg, preact_arg = arguments
+    launch = _launch_of(rows, weight, bias, activation, save_preact, config)
+    copies_x = rows.data_ptr() != x.data_ptr()
+    copies_bias = bias is not None and not bias.is_contiguous()
+
+    def plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Outputs:
+        if copies_x:
+            x = x.contiguous()
+        if copies_bias and bias is not None:
+            bias = bias.contiguous()
+        out = x.new_empty(*shape)  # a tuple would take longer
+        preact = torch.empty_like(out) if save_preact else None
+        launch(x, weight, bias, out, preact)
+        return out, preact
+
+    return plan
+
+
+def _launch_of(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool, config: Config
+) -> Launch:
+    """A launch of ``linear_act_fwd_kernel`` on ``(x, weight, bias, out, preact)``. rows: x as ``[M, K]``."""
+    (M, K), N = rows.shape, weight.shape[0]
     num_blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if config.persistent:
-        num_blocks = min(num_blocks, config.persistent * num_sms(x.device))
-    launched = launch(
-        linear_act_fwd_kernel,
-        (num_blocks,),
-        x_arg,
-        w_arg,
-        bias_row,
-        out_arg,
-        preact_arg,
-        M,
-        N,
-        K,
-        rows.stride(0),
-        rows.stride(1),
-        weight.stride(0),
-        weight.stride(1),
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        SAVE_PREACT=save_preact,
-        EVEN_K=K % config.block_k == 0,
-        INPUT_PRECISION="tf32" if config.dtype == "tf32" else "ieee",
-        TMA=tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        PERSISTENT=config.persistent > 0,
-        SUBTILES=config.subtiles,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
-    copied = not (_same_memory(rows, x) and _same_memory(bias_row, bias))
-    if launched is None or copied or not _on_boundaries(x, weight, bias, out, preact):
-        return (out, preact), None
-    return (out, preact), replay.fused_call(launched, shape, save_preact)
-
-
-def _library(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, save_preact: bool
-) -> tuple[replay.Outputs, replay.Call | None]:
-    """``_call`` by cuBLAS and one pass for the activation."""
-    product = _product(x, weight, bias)
-    out = torch.empty_like(product) if save_preact else product
-    launched = act_fwd(product, activation, out=out)
-    call = None
-    # The choice of cuBLAS for rows on 16-byte boundaries holds for others as well, but not the other way round.
-    if launched is not None and _on_boundaries(x, weight, product, out):
-        call = replay.library_call(launched, _product, save_preact)
-    return (out, product if save_preact else None), call
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear`` in no graph and in x's dtype."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            return _product(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _product(x, weight, bias)
-    if x.dim() == 2:
-        return torch.nn.functional.linear(x, weight, bias)
-    # For more dimensions ``F.linear`` gives a view, which could not be detached in place, and may round before it adds
-    # the bias.
-    product = torch.nn.functional.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
-    return product.resize_(*x.shape[:-1], weight.shape[0])
-
-
-def _same_memory(used: torch.Tensor | None, given: torch.Tensor | None) -> bool:
-    return used is None or given is None or used.data_ptr() == given.data_ptr()
-
-
-def _on_boundaries(*tensors: torch.Tensor | None) -> bool:
-    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        num_blocks = min(num_blocks, config.persistent * num_sms(rows.device))
+    constants = {
+        "ACTIVATION": activation,
+        "HAS_BIAS": bias is not None,
+        "SAVE_PREACT": save_preact,
+        "EVEN_K": K % config.block_k == 0,
+        "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
+        "TMA": config.kernel == "tma",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PERSISTENT": config.persistent > 0,
+        "SUBTILES": config.subtiles,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    matrices = None
+    if config.kernel == "tma":
+        x_matrix = Matrix([M, K], [*rows.stride()], [config.block_m, config.block_k])
+        w_matrix = Matrix([N, K], [*weight.stride()], [config.block_n, config.block_k])
+        out_matrix = Matrix([M, N], [N, 1], [config.block_m, config.block_n // config.subtiles])
+        matrices = (x_matrix, w_matrix, None, out_matrix, out_matrix)
+    numbers = (M, N, K, *rows.stride(), *weight.stride())
+    return Launch(linear_act_fwd_kernel, num_blocks, numbers, constants, matrices)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -343,7 +295,7 @@ def _precision(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _is_aligned(matrix: torch.Tensor, N: int) -> bool:
+def _is_aligned(matrix: Tensor, N: int) -> bool:
     """Whether every row of ``matrix``, and of an output with N columns, is contiguous and on a 16-byte boundary."""
     columns = matrix.shape[1]
     row_stride, column_stride = matrix.stride()

@@ -1,6 +1,7 @@
 """Tests run every kernel through Triton's interpreter on the CPU, or, with BERT_FUSED_TEST_GPU=1, on the GPU."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,17 +63,22 @@ def sanitized() -> "Iterator[interpreter.Sanitizer]":
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels launched so far."""
-    from bert_fused.kernels import act_grad
-    from bert_fused.kernels import linear_act as forward
+    """Names of the kernels launched so far, without their ``_kernel``."""
+    from bert_fused.kernels.plan import Launch
 
     names: list[str] = []
-    for module, name in ((forward, "linear_act_fwd"), (act_grad, "act_bwd")):
-        launch = getattr(module, name)
+    call = Launch.__call__
 
-        def record(*args: Any, _launch: Callable[..., Any] = launch, _name: str = name, **kwargs: Any) -> Any:
-            names.append(_name)
-            return _launch(*args, **kwargs)
+    def record(self: Launch, *tensors: torch.Tensor | None) -> None:
+        names.append(self.kernel.fn.__name__.removesuffix("_kernel"))
+        call(self, *tensors)
 
-        monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(Launch, "__call__", record)
     return names
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """A test that patches what a plan is made from must not meet an earlier test's plan."""
+    if (plan := sys.modules.get("bert_fused.kernels.plan")) is not None:
+        plan.plans.clear()

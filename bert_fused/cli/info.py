@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..fallback import HAS_TRITON, KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
-from ..kernels import user_tables
-from ..kernels.configs import Entry, choose, load_table, load_user_table, shipped_table
+from ..kernels.configs import Entry
+from ..kernels.lookup import choose, load_table, load_user_table, shipped_table, table_path
 from ..tune.shapes import MODELS, Sizes, aligned, parse_shapes
 from .common import add_json, print_json
 
@@ -87,9 +87,9 @@ def _launches() -> str:
     """How kernels would be launched by the installed Triton."""
     if not HAS_TRITON:
         return "none: Triton is not installed"
-    from ..kernels import launch
+    from ..kernels import plan
 
-    return "Triton's C launcher directly" if launch.LAUNCHER_IS_KNOWN else launch.SLOW_LAUNCHES
+    return "Triton's C launcher directly" if plan.LAUNCHER_IS_KNOWN else plan.SLOW_LAUNCHES
 
 
 def _choices(
@@ -108,7 +108,7 @@ def _choices(
     return {
         "arch": arch,
         "table": "its table" if load_table(arch) else "no table: computed defaults",
-        "measured_table": str(user_tables.table_path(arch, device)) if load_user_table(arch, device) else None,
+        "measured_table": str(table_path(arch, device)) if load_user_table(arch, device) else None,
         "rows": rows,
     }
 

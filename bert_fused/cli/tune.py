@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from ..fallback import device_reason, interpreted
-from ..kernels import replay, user_tables
-from ..kernels.configs import Config, Entry, Measured, entry_row, load_user_table, parse_rows, remember, shipped_table
+from ..kernels import lookup, plan
+from ..kernels.configs import Config, Entry, Measured
+from ..kernels.lookup import entry_row, load_user_table, parse_rows, remember, shipped_table
 from ..timing import graph_sampler
 from ..tune import shapes as bert
 from ..tune.candidates import candidates
@@ -133,7 +134,7 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
     for name, reasons in failures.items():
         print(f"{name} failed at {len(reasons)} shapes: {reasons[0]}", file=sys.stderr)
     if kept:
-        print(f"table: {user_tables.table_path(gpu.arch, gpu.name)}")
+        print(f"table: {lookup.table_path(gpu.arch, gpu.name)}")
     if arguments.export is not None:
         export(arguments.export, gpu, entries, source)
         print(f"exported: {arguments.export}")
@@ -145,7 +146,7 @@ def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool
 
     Where the table cannot be written it says so once; at the start that ends the run, unless its results are exported.
     """
-    where = user_tables.table_path(gpu.arch, gpu.name) or "a table"
+    where = lookup.table_path(gpu.arch, gpu.name) or "a table"
     writable = True
 
     def keep(*entries: Entry) -> bool:
@@ -153,7 +154,7 @@ def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool
         if writable:
             try:
                 remember(entries, gpu.arch, gpu.name, source)
-                replay.calls.clear()
+                plan.plans.clear()
             except OSError as error:
                 writable = False
                 message = f"cannot write {where}: {error.strerror or error}"
@@ -238,9 +239,7 @@ def export(path: Path, gpu: Gpu, entries: Iterable[Entry], source: str) -> None:
     if shipped["source"]:
         source = f"{source}; entries without measured times: {shipped['source']}"
     try:
-        user_tables.write(
-            path, {"arch": gpu.arch, "source": source}, [entry_row(by_shape[key]) for key in sorted(by_shape)]
-        )
+        lookup.write(path, {"arch": gpu.arch, "source": source}, [entry_row(by_shape[key]) for key in sorted(by_shape)])
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.configs import SHARED_MEMORY, Config, default_config, get_config
+from ..kernels.configs import SHARED_MEMORY, Config, default_config
+from ..kernels.lookup import get_config
 
 # (block_m, block_n, block_k in 16 bits, warps, stages).
 Tile = tuple[int, int, int, int, int]

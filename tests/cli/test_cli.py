@@ -16,7 +16,7 @@ import bert_fused
 from bert_fused.__main__ import COMMANDS, main, parse
 from bert_fused.cli import common
 from bert_fused.cli.sample_inputs import docstrings
-from bert_fused.kernels import launch
+from bert_fused.kernels import plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ def test_info_without_a_gpu() -> None:
 def test_info_says_how_kernels_are_launched(capsys, monkeypatch) -> None:
     assert main(["info"]) == 0
     assert "launches     Triton's C launcher directly" in capsys.readouterr().out
-    monkeypatch.setattr(launch, "LAUNCHER_IS_KNOWN", False)
+    monkeypatch.setattr(plan, "LAUNCHER_IS_KNOWN", False)
     assert main(["info"]) == 0
     assert "10 to 30 us more for each call" in capsys.readouterr().out
 

@@ -26,10 +26,10 @@ from reference64 import (
 
 from bert_fused import cls_pool, linear_act
 from bert_fused.fallback import device_reason, interpreted
-from bert_fused.kernels.act_grad import act_bwd
-from bert_fused.kernels.act_pass import act_fwd
-from bert_fused.kernels.configs import Config, shipped_configs
+from bert_fused.kernels.configs import Config
+from bert_fused.kernels.elementwise import act_bwd, act_fwd
 from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.kernels.lookup import shipped_configs
 from bert_fused.kernels.runtime import arch_of
 from bert_fused.reference import GRAD_FROM_OUTPUT
 from bert_fused.reference import linear_act as eager
@@ -166,7 +166,7 @@ def test_activation_and_derivative_over_a_sweep(activation: str, dtype: torch.dt
     """The GPU's own exponential, division and erf, which the interpreter does not have."""
     z = torch.linspace(-10, 10, 20_001 if HAS_GPU else 501, device=DEVICE).to(dtype)[None]
     out = torch.empty_like(z)
-    act_fwd(z, activation, out=out)
+    act_fwd(z.numel(), activation)(z, out)
     ref = act64(z, activation)
     assert_within(out, ref, rounding_bound(ref, dtype, activation) + 2.0**-22 * 10)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import bert_fused
 from bert_fused import linear_act
 from bert_fused.__main__ import main
-from bert_fused.kernels import configs
+from bert_fused.kernels import lookup
 from bert_fused.kernels.runtime import arch_of, name_of
 from bert_fused.reference import linear_act as eager
 
@@ -196,17 +196,17 @@ def test_recomputing_takes_less_memory(capsys: pytest.CaptureFixture[str]) -> No
 @needs_gpu
 def test_tune_measures_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("BERT_FUSED_TABLES", str(tmp_path))
-    configs.forget_tables()
+    lookup.forget_tables()
     try:
         shapes = ["--shapes", "512x3072x768", "--dtypes", "bfloat16"]
         assert main(["tune", "--budget", "60", *shapes, "--export", str(tmp_path / "exported.json")]) == 0
         with capsys.disabled():
             print(f"\n{capsys.readouterr().out}")
-        (entry,) = configs.load_user_table(arch_of(DEVICE), name_of(DEVICE))
+        (entry,) = lookup.load_user_table(arch_of(DEVICE), name_of(DEVICE))
         data = inputs("unit", 512, 3072, 768, torch.bfloat16)
         assert_forward(linear_act(data.x, data.weight, data.bias), data.x, data.weight, data.bias, "gelu")
         assert main(["info", *shapes[:2]]) == 0
         assert re.search(rf"bfloat16 .*{re.escape(str(entry.config))} +measured here on", capsys.readouterr().out)
     finally:
         monkeypatch.undo()
-        configs.forget_tables()
+        lookup.forget_tables()

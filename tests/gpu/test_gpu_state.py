@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,11 +20,10 @@ from torch.nn.parallel import parallel_apply, replicate
 
 import bert_fused
 from bert_fused import linear_act
-from bert_fused.kernels import replay
-from bert_fused.kernels.act_grad import act_bwd
-from bert_fused.kernels.act_pass import act_fwd
 from bert_fused.kernels.configs import TMA_ARCHS, Config
+from bert_fused.kernels.elementwise import act_bwd, act_fwd
 from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.kernels.plan import key_of, plans
 from bert_fused.kernels.runtime import arch_of
 
 pytestmark = MARKS
@@ -52,7 +52,7 @@ def test_a_misaligned_pointer_after_an_aligned_one_was_kept(offset: int, which: 
     for arguments in (vars(data), moved, vars(data), moved, vars(data)):
         assert torch.equal(linear_act(*arguments.values(), "relu").double(), expected)
         if HAS_GPU:
-            assert replay.key_of(data.x, data.weight, data.bias, "relu", False) in replay.calls
+            assert key_of(("relu", False), data.x, data.weight, data.bias) in plans
 
 
 @VARIANTS
@@ -149,7 +149,10 @@ def test_a_kept_call_is_a_threads_first_cuda_work() -> None:
         out = linear_act(data.x, data.weight, data.bias, "relu")
     del out
     torch.cuda.synchronize()
-    replay.encoded.clear()  # an address seen before would need no driver
+    key = key_of(("relu", False), data.x, data.weight, data.bias)
+    for encode in inspect.getclosurevars(plans[key]).nonlocals["launch"].encoders or ():
+        if encode is not None:
+            encode.cache_clear()  # an address seen before would need no driver
     with ThreadPoolExecutor(1) as pool:
         out = pool.submit(linear_act, data.x, data.weight, data.bias, "relu").result()
     assert torch.equal(out.double(), expected)
@@ -211,7 +214,7 @@ def test_running_out_of_memory_leaves_everything_usable(activation: str) -> None
     data = inputs("integers", 4096, 4096, 64, torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in vars(data).values()]
     d_out = torch.ones(4096, 4096, dtype=torch.bfloat16, device=DEVICE)
-    replay.calls.clear()
+    plans.clear()
     with no_more_memory(), pytest.raises(torch.OutOfMemoryError):
         _ = [linear_act(*leaves, activation) for _ in range(64)]
     first = linear_act(*leaves, activation)
@@ -244,7 +247,8 @@ def test_other_passes_over_more_than_2_to_the_31_elements() -> None:
     assert d_bias is not None
     assert torch.equal(d_bias, tail.double().sum(0).bfloat16())
     del d_preact, saved
-    assert torch.equal(act_fwd(d_out, "relu", out=d_out)[-512:], tail.clamp_min(0))
+    act_fwd(d_out.numel(), "relu")(d_out, d_out)
+    assert torch.equal(d_out[-512:], tail.clamp_min(0))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

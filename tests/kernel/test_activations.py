@@ -15,8 +15,8 @@ from reference64 import (
     saved_grad64,
 )
 
-from bert_fused.kernels.act_grad import BLOCK_N, act_bwd
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.elementwise import BLOCK_N, act_bwd
 from bert_fused.kernels.linear_act import linear_act_fwd
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

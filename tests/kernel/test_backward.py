@@ -21,7 +21,7 @@ from reference64 import (
 )
 
 from bert_fused import ops
-from bert_fused.kernels.act_grad import BLOCK_M, BLOCK_N, MAX_ROWS_PER_PROGRAM, act_bwd, rows_per_program
+from bert_fused.kernels.elementwise import BLOCK_M, BLOCK_N, MAX_ROWS_PER_PROGRAM, act_bwd, rows_per_program
 from bert_fused.kernels.runtime import INTERPRETER_SMS
 from bert_fused.reference import linear_act as eager
 

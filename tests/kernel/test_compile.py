@@ -25,7 +25,8 @@ from benchmarks.sass import (
     pass_times,
     shapes_served,
 )
-from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config, shipped_configs
+from bert_fused.kernels.configs import SHARED_MEMORY, Config
+from bert_fused.kernels.lookup import get_config, shipped_configs
 from bert_fused.tune.candidates import resident_blocks
 
 ROOT = Path(__file__).parents[2]

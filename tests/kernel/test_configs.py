@@ -11,22 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from bert_fused.kernels import configs
 from bert_fused.kernels import linear_act as launcher
-from bert_fused.kernels.configs import (
-    MAX_M,
-    MAX_N,
-    SHARED_MEMORY,
-    TABLES,
-    Config,
-    Entry,
-    Measured,
-    default_config,
-    get_config,
-    load_table,
-    shipped_configs,
-)
+from bert_fused.kernels import lookup
+from bert_fused.kernels.configs import SHARED_MEMORY, TABLES, Config, Entry, Measured, default_config
 from bert_fused.kernels.linear_act import _is_aligned, _precision, linear_act_fwd
+from bert_fused.kernels.lookup import MAX_M, MAX_N, get_config, load_table, shipped_configs
 from bert_fused.tune.candidates import candidates, modelled_clocks
 from bert_fused.tune.shapes import MODELS
 
@@ -51,11 +40,11 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         Entry(64, None, None, config(6, "bfloat16")),
         Entry(64, None, None, Config("library", "tf32")),
     )
-    configs._entries_for.cache_clear()
+    lookup._entries_for.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(configs, "load_table", lambda arch: entries if arch == 90 else ())
+        patch.setattr(lookup, "load_table", lambda arch: entries if arch == 90 else ())
         yield
-    configs._entries_for.cache_clear()
+    lookup._entries_for.cache_clear()
 
 
 @pytest.mark.usefixtures("table")
@@ -118,12 +107,12 @@ def test_a_long_k_is_served_by_an_entry_with_measured_times(
 ) -> None:
     """For its own N and K and within its reach, and not by one that was computed, or is for any N and K."""
     entries = (Entry(512, 768, 3072, config(1), measured), Entry(512, None, None, config(2)))
-    monkeypatch.setattr(configs, "load_table", lambda arch: entries if arch == 90 else ())
-    configs._entries_for.cache_clear()
+    monkeypatch.setattr(lookup, "load_table", lambda arch: entries if arch == 90 else ())
+    lookup._entries_for.cache_clear()
     library = Config("library", "float16")
     found = [get_config(M, 768, 3072, "float16", 90, aligned=True) for M in (127, 128, 2048, 2049)]
     other = get_config(512, 1024, 3072, "float16", 90, aligned=True)
-    configs._entries_for.cache_clear()
+    lookup._entries_for.cache_clear()
     assert found == [library, *(2 * [config(1) if measured else library]), library]
     assert other == library
 

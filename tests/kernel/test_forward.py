@@ -25,8 +25,9 @@ from reference64 import (
     with_layout,
 )
 
-from bert_fused.kernels.configs import Config, shipped_configs
+from bert_fused.kernels.configs import Config
 from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.kernels.lookup import shipped_configs
 from bert_fused.reference import linear_act as eager
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

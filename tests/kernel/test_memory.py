@@ -19,8 +19,8 @@ from reference64 import (
     with_layout,
 )
 
-from bert_fused.kernels.act_grad import BLOCK_N, act_bwd, rows_per_program
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.elementwise import BLOCK_N, act_bwd, rows_per_program
 from bert_fused.kernels.linear_act import linear_act_fwd
 from bert_fused.kernels.runtime import INTERPRETER_SMS
 
@@ -116,7 +116,7 @@ interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interp
 # Its copy of the arguments back to the device would touch all of the memory.
 interpreter.GridExecutor._restore_args_dev = lambda *args: None
 
-from bert_fused.kernels.act_grad import act_bwd
+from bert_fused.kernels.elementwise import act_bwd
 from bert_fused.kernels.configs import Config
 from bert_fused.kernels.linear_act import linear_act_fwd
 

@@ -24,9 +24,9 @@ from reference64 import (
     with_layout,
 )
 
-from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.act_grad import rows_per_program
+from bert_fused.kernels import elementwise, linear_act
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.elementwise import rows_per_program
 from bert_fused.kernels.runtime import INTERPRETER_SMS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -62,13 +62,13 @@ def test_random_shapes_and_layouts(sanitized: Sanitizer, variant: str, case: int
     if variant == "act_pass":
         shape, activation = (draw.randint(1, 60), draw.randint(1, 70)), draw.choice(ACTIVATIONS[:-1])
         preact = torch.randn(shape, generator=generator(case)).to(dtype)
-        act_pass.act_fwd(preact, activation, out=torch.empty_like(preact))
+        elementwise.act_fwd(preact.numel(), activation)(preact, torch.empty_like(preact))
         assert [launch.stored for launch in sanitized.launches] == [{"out_ptr": preact.numel()}]
     elif variant == "act_bwd":
         M, N, bias_grad = draw.randint(1, 300), draw.randint(1, 200), draw.random() < 0.7
         d_out, saved = (torch.randn(M, N, generator=generator(case + i)).to(dtype) for i in range(2))
         d_out, saved = (with_layout(tensor, draw.choice(LAYOUTS)) for tensor in (d_out, saved))
-        act_grad.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
+        elementwise.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
         sums = triton.cdiv(M, rows_per_program(M, N, INTERPRETER_SMS))
         partial = {"partial_ptr": sums * N} if bias_grad else {}
         assert [launch.stored for launch in sanitized.launches] == [{"d_preact_ptr": M * N} | partial]
@@ -131,10 +131,10 @@ CALLS: dict[str, Callable[[ModuleType], None]] = {
     "tma": tma,
     "persistent": lambda module: tma(module, persistent=2),
     "subtiles": lambda module: tma(module, persistent=1, subtiles=2),
-    "pass": lambda module: module.act_fwd(torch.randn(37, 71), "gelu", out=torch.empty(37, 71)),
+    "pass": lambda module: module.act_fwd(37 * 71, "gelu")(torch.randn(37, 71), torch.empty(37, 71)),
     "grad": grad,
 }
-MODULES = {"pass": act_pass, "grad": act_grad}
+MODULES = {"pass": elementwise, "grad": elementwise}
 
 ONCE = r"elements of \w+, \d+ were never written and \d+ more than once"
 # The report also names the nearest tensor, which depends on where the allocator put them.

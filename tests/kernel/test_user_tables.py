@@ -19,20 +19,10 @@ import torch
 from reference64 import assert_forward, make_inputs
 
 from bert_fused import linear_act
-from bert_fused.kernels import configs, user_tables
 from bert_fused.kernels import linear_act as launcher
-from bert_fused.kernels.configs import (
-    Config,
-    Entry,
-    Measured,
-    entry_row,
-    forget_tables,
-    get_config,
-    load_user_table,
-    parse_rows,
-    remember,
-    unlaunchable,
-)
+from bert_fused.kernels import user_tables
+from bert_fused.kernels.configs import Config, Entry, Measured, unlaunchable
+from bert_fused.kernels.lookup import entry_row, forget_tables, get_config, load_user_table, parse_rows, remember
 
 ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA Test GPU"
@@ -87,7 +77,7 @@ def test_a_measured_entry_is_preferred_within_its_reach(folder: Path, caplog: py
 def test_what_is_measured_here_goes_before_what_is_shipped_for_the_same_shape(monkeypatch, tmp_path: Path) -> None:
     rows = [entry_row(entry(M, config=Config("library", "float16"))) for M in (500, 4096)]
     (tmp_path / "sm_90.json").write_text(json.dumps({"arch": 90, "source": "a test", "entries": rows}))
-    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    monkeypatch.setattr(lookup, "TABLES", tmp_path)
     remember([entry(512)], 90, GPU, "a test")
     assert shipped(500) == Config("library", "float16")
     assert lookup(500) == lookup(2048) == TILE
@@ -266,7 +256,7 @@ def test_tma_needs_an_architecture_that_has_it(folder: Path, caplog: pytest.LogC
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_everything_shipped_is_launchable(arch: int) -> None:
-    for config in configs.shipped_configs(arch):
+    for config in lookup.shipped_configs(arch):
         assert unlaunchable(config, arch) is None
 
 
@@ -387,7 +377,8 @@ def test_threads_see_one_warning_and_one_choice(caplog: pytest.LogCaptureFixture
 
 KILLED = """
 import os, signal
-from bert_fused.kernels.configs import Config, Entry, Measured, remember
+from bert_fused.kernels.configs import Config, Entry, Measured
+from bert_fused.kernels.lookup import remember
 
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 remember([Entry(8, 64, 64, Config("library", "float16"), Measured(1.0, 1.0, 1.0, "", ""))], 90, "G", "a test")
@@ -414,7 +405,8 @@ def test_a_writer_that_was_killed_leaves_the_old_table_and_no_lock(folder: Path,
 WRITER = """
 import sys, time
 from pathlib import Path
-from bert_fused.kernels.configs import Config, Entry, Measured, remember
+from bert_fused.kernels.configs import Config, Entry, Measured
+from bert_fused.kernels.lookup import remember
 
 first, ready, start = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 ready.touch()

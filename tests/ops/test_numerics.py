@@ -11,7 +11,7 @@ from reference64 import DTYPES, accumulation_bound, assert_no_worse_than_eager, 
 from torch import Tensor
 
 from bert_fused import ops
-from bert_fused.kernels import configs
+from bert_fused.kernels import lookup
 
 PAGE = (Path(__file__).parents[2] / "docs/numerics.md").read_text()
 
@@ -22,7 +22,7 @@ sliced = pytest.mark.parametrize(("dtype", "activation"), SLICE, ids=lambda valu
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "default_config", numerics.large_tiles)
+    monkeypatch.setattr(lookup, "default_config", numerics.large_tiles)
 
 
 def tables(dtype: torch.dtype, what: str) -> list[list[str]]:

@@ -37,8 +37,8 @@ from reference64 import (
 from torch import Tensor
 
 from bert_fused import linear_act
-from bert_fused.kernels.act_grad import act_bwd
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.elementwise import act_bwd
 from bert_fused.kernels.linear_act import linear_act_fwd
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -42,9 +42,9 @@ from reference64 import (
 from torch import Tensor
 
 from bert_fused import fallback, ops
-from bert_fused.kernels import configs
-from bert_fused.kernels.act_grad import act_bwd
+from bert_fused.kernels import lookup
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.elementwise import act_bwd
 from bert_fused.kernels.runtime import INTERPRETED
 from bert_fused.reference import GRAD_FROM_OUTPUT, act_grad
 from bert_fused.reference import linear_act as eager
@@ -164,7 +164,7 @@ def prepared() -> AbstractContextManager[Any]:
     interpreter.install()
     fallback.INTERPRETER_DTYPES = fallback.KERNEL_DTYPES
     torch.set_num_threads(1)
-    return mock.patch.object(configs, "default_config", large_tiles)
+    return mock.patch.object(lookup, "default_config", large_tiles)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from bert_fused.kernels.configs import SHARED_MEMORY, Config, get_config
+from bert_fused.kernels.configs import SHARED_MEMORY, Config
+from bert_fused.kernels.lookup import get_config
 from bert_fused.tune.candidates import candidates, modelled_clocks, resident_blocks, shared_bytes
 
 SHAPES = [(3072, 768), (4096, 1024), (1536, 384), (768, 768), (384, 384)]

@@ -14,7 +14,8 @@ import torch
 
 from bert_fused.__main__ import main
 from bert_fused.cli import tune
-from bert_fused.kernels.configs import Config, forget_tables, load_user_table
+from bert_fused.kernels.configs import Config
+from bert_fused.kernels.lookup import forget_tables, load_user_table
 from bert_fused.tune import trials
 from bert_fused.tune.search import EAGER, Budget, GpuUnusable, Outcome, Refused, Shape, first_run, tune_shape
 from bert_fused.tune.trials import Trials

@@ -17,9 +17,10 @@ import torch
 
 from bert_fused.__main__ import main
 from bert_fused.cli import tune
-from bert_fused.kernels import configs, user_tables
 from bert_fused.kernels import linear_act as launcher
-from bert_fused.kernels.configs import Config, Entry, Measured, forget_tables, get_config, load_user_table, parse_rows
+from bert_fused.kernels import lookup
+from bert_fused.kernels.configs import Config, Entry, Measured
+from bert_fused.kernels.lookup import forget_tables, get_config, load_user_table, parse_rows
 from bert_fused.timing import Call, Sampler, ratio
 from bert_fused.tune import search, shapes
 from bert_fused.tune.candidates import candidates
@@ -68,7 +69,6 @@ def found(stub: Stub, candidates: Sequence[Config] = (SMALL, MIDDLE, LARGE), sha
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("BERT_FUSED_TABLES", str(tmp_path / "tables"))
     monkeypatch.setenv("COMMIT", "abc123")
-    monkeypatch.setattr(user_tables, "_warned", {})
     forget_tables()
     yield tmp_path / "tables"
     forget_tables()
@@ -361,14 +361,14 @@ WINNER = Config("pointer", "float16", 32, 32, 32, num_warps=4, num_stages=1)
 ARGUMENTS = ["tune", "--shapes", "24x64x32,8x64x64", "--dtypes", "float16"]
 
 
-def lookup(M: int, N: int, K: int) -> Config:
+def choice(M: int, N: int, K: int) -> Config:
     return get_config(M, N, K, "float16", 0, aligned=True, device=NAME)
 
 
 def test_end_to_end(stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lookup(24, 64, 32) != WINNER
+    assert choice(24, 64, 32) != WINNER
     assert main(ARGUMENTS) == 0
-    assert lookup(24, 64, 32) == lookup(8, 64, 64) == WINNER
+    assert choice(24, 64, 32) == choice(8, 64, 64) == WINNER
     out = capsys.readouterr().out
     assert re.search(
         r"^float16  24x64x32 +pointer 32x32x32 4 warps 1 stages +8\.00 us +cuBLAS \+ pass +12\.00 +eager +14\.00$",
@@ -394,7 +394,7 @@ def test_shapes_without_an_entry_go_first(stub: Stub, capsys: pytest.CaptureFixt
     assert main(ARGUMENTS) == 0
     measured = re.findall(r"^float16  (\S+)", capsys.readouterr().out, re.MULTILINE)
     assert measured == ["8x64x64", "24x64x32"]
-    assert lookup(24, 64, 32) == LIBRARY
+    assert choice(24, 64, 32) == LIBRARY
     assert len(load_user_table(0, NAME)) == 2
 
 
@@ -402,14 +402,14 @@ def test_what_failed_is_reported(stub: Stub, capsys: pytest.CaptureFixture[str],
     wrong_for(WINNER, monkeypatch, lambda out, preact: (-out, preact), training=False)
     assert main(ARGUMENTS) == 0
     assert f"float16 {WINNER} failed at 2 shapes: ValueError: wrong result" in capsys.readouterr().err
-    assert lookup(24, 64, 32) == LIBRARY
+    assert choice(24, 64, 32) == LIBRARY
 
 
 def test_a_damaged_table_is_measured_anew(stub: Stub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.mkdir()
     (folder / "sm_0-nvidia-stub-gpu.json").write_text("{")
     assert main(ARGUMENTS) == 0
-    assert lookup(24, 64, 32) == WINNER
+    assert choice(24, 64, 32) == WINNER
     assert len(caplog.records) == 1
 
 
@@ -430,7 +430,7 @@ def test_interrupted(stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(tune, "tune_shape", once)
     assert main(ARGUMENTS) == 0
     assert "not measured: interrupted" in capsys.readouterr().out
-    assert lookup(24, 64, 32) == WINNER
+    assert choice(24, 64, 32) == WINNER
 
 
 def test_out_of_memory_costs_one_shape(stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -489,11 +489,11 @@ def test_a_read_only_folder_is_known_before_measuring(
     assert "Read-only file system" in error
     assert len(error.splitlines()) == 1
     assert stub.samples == {}
-    assert lookup(24, 64, 32) == WINNER
+    assert choice(24, 64, 32) == WINNER
 
 
 def test_a_disk_that_fills_up_is_said_once(stub: Stub, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    honest = configs.remember
+    honest = lookup.remember
 
     def full(entries: Sequence[Entry], *arguments: Any) -> Path:
         if entries:
@@ -528,7 +528,7 @@ def test_export(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (8, 64, 64, "pointer", True),
         (64, None, None, "library", False),
     ]
-    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    monkeypatch.setattr(lookup, "TABLES", tmp_path)
     forget_tables()
     assert get_config(24, 64, 32, "float16", 0, aligned=True) == WINNER
     assert main([*ARGUMENTS, "--budget", "-1", "--export", str(tmp_path / "again.json")]) == 0
@@ -584,7 +584,7 @@ def test_shapes_of_models() -> None:
     assert len(set(everything)) == len(everything) == 3 * 12
     rows = sorted({M for M, N, K in everything if (N, K) == (3072, 768)})
     assert rows[0] == 1
-    assert all(b <= configs.REACH * a or (a, b) == (1, 8) for a, b in itertools.pairwise(rows))
+    assert all(b <= lookup.REACH * a or (a, b) == (1, 8) for a, b in itertools.pairwise(rows))
 
 
 def test_info_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -602,7 +602,7 @@ def test_info_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     capsys.readouterr()
     info._print_choices(info._choices(0, NAME, (torch.float16,), [(24, 64, 32), (30, 64, 32), (2000, 64, 32)]))
     _, where, _, exact, near, far = capsys.readouterr().out.splitlines()
-    assert str(user_tables.table_path(0, NAME)) in where
+    assert str(lookup.table_path(0, NAME)) in where
     assert re.search(r"measured here on \d{4}-\d\d-\d\d: 8 us, cuBLAS \+ pass 12, eager 14$", exact)
     assert near.endswith("eager 14, nearest to M = 24")
     assert far.endswith("no table for this architecture")

@@ -1,0 +1,282 @@
+"""Launch kernels. Nothing else in this package does.
+
+``kernel[grid](...)`` inspects every argument in every call, which costs the host more than the rest of a call together.
+A ``Launch`` has Triton compile its kernel once, and hands later calls to Triton's C launcher with addresses. A plan is
+a function that holds a ``Launch`` and no tensor: it serves all calls of one kind, those with equal keys.
+"""
+
+import copy
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .runtime import INTERPRETED, on_device
+
+MAX_PLANS = 2048
+MAX_ENCODED = 1024
+KNOWN_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+LAUNCHER_IS_KNOWN = triton.__version__.startswith(KNOWN_TRITONS)
+SLOW_LAUNCHES = (
+    f"the launcher of Triton {triton.__version__} is not known here: kernels are launched by kernel[grid], which "
+    "costs the host 10 to 30 us more for each call"
+)
+
+# A torch without CUDA has neither.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+
+Outputs = tuple[Tensor, Tensor | None]
+Plan = Callable[..., Outputs]
+Encoder = Callable[[int], tuple[Any, ...]]
+
+_fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+
+plans: dict[Any, Plan] = {}
+# A child has no handle of its parent's modules.
+os.register_at_fork(after_in_child=plans.clear)
+
+
+def key_of(call: tuple[Any, ...], a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Any, ...] | None:
+    """What a plan depends on: ``call``, and of each tensor all but the address; None for a tensor without strides.
+
+    Triton compiles for addresses on 16-byte boundaries, so where a tensor lies between two of them counts. A lazily
+    zero tensor has no address, and no key in common with others. A device's index says where a tensor is: no process
+    has two kinds of accelerator, and the CPU's is -1. Contiguous tensors of one shape differ at most in the stride of a
+    dimension of size 1, which no address depends on. In fp32 the choice of a configuration depends on torch's setting.
+    """
+    dtype = a.dtype
+    try:
+        return (
+            call,
+            dtype,
+            a.get_device(),
+            a.shape,
+            a.is_contiguous() or a.stride(),
+            address & 15 if (address := a.data_ptr()) else None,
+            b.dtype,
+            b.get_device(),
+            b.shape,
+            b.is_contiguous() or b.stride(),
+            address & 15 if (address := b.data_ptr()) else None,
+            None
+            if c is None
+            else (
+                c.dtype,
+                c.get_device(),
+                c.shape,
+                c.is_contiguous() or c.stride(),
+                address & 15 if (address := c.data_ptr()) else None,
+            ),
+            _fp32_precision("cuda", "matmul") if dtype is torch.float32 else None,
+        )
+    except RuntimeError:  # sparse and nested tensors
+        return None
+
+
+def keep(key: tuple[Any, ...] | None, plan: Plan) -> None:
+    """Serve later calls with this key by ``plan``."""
+    if key is None:
+        return
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+class Matrix(NamedTuple):
+    """How a kernel's tensor descriptor reads a tensor: as ``shape`` with ``strides``, in tiles of ``block_shape``."""
+
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+
+
+class Launcher(NamedTuple):
+    """How to launch a compiled kernel: ``function(*grid, stream, *fixed, ...)``, then the kernel's arguments.
+
+    function: Triton's C function. unpacks: it takes the kernel's arguments one by one, not as a tuple.
+    compiled: Triton 3.9 unloads a kernel that nothing refers to.
+    """
+
+    function: Callable[..., None]
+    fixed: tuple[Any, ...]
+    unpacks: bool
+    compiled: Any
+
+
+class Launch:
+    """A kernel with its grid and all of its arguments but the tensors. Call it with tensors to launch it on them.
+
+    The first call compiles for its tensors, so those of later calls must agree with them in all that ``key_of`` reads.
+    Whatever watches or changes launches (profilers' hooks, instrumentation, debugging) gets ``kernel[grid]``. So do the
+    interpreter and a Triton whose launcher is not known, of which one warning tells.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        num_blocks: int,
+        numbers: tuple[int, ...],
+        constants: dict[str, Any],
+        matrices: tuple[Matrix | None, ...] | None = None,
+    ) -> None:
+        """
+        kernel: its arguments are tensors or None, then ``numbers``, then constexprs.
+        constants: the constexprs, then Triton's options.
+        matrices: one for each tensor that the kernel takes as a descriptor, None for each that it takes as a pointer;
+            None if all are pointers.
+        """
+        self.kernel = kernel
+        self.grid = (num_blocks, 1, 1)
+        self.numbers = numbers
+        self.constants = constants
+        self.matrices = matrices
+        # Set by the first call.
+        self.launcher: Launcher | None = None
+        self.device = -1
+        self.values: tuple[Any, ...] = ()
+        self.encoders: tuple[Encoder | None, ...] | None = None
+
+    def __call__(self, *tensors: Any) -> None:
+        if INTERPRETED or not LAUNCHER_IS_KNOWN or is_observed(self.kernel):
+            return self._launch_by_triton(tensors)
+        launcher = self.launcher or self._compile(tensors)
+        if launcher is None:
+            return self._launch_by_triton(tensors)
+        device = self.device
+        if current_device() != device:
+            with torch.cuda.device(device):
+                return self(*tensors)
+        arguments = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if self.encoders is not None:
+            arguments = self._encoded(arguments)
+        function, fixed, unpacks, _ = launcher
+        if unpacks:
+            function(*self.grid, current_stream(device), *fixed, *arguments, *self.values)
+        else:
+            function(*self.grid, current_stream(device), *fixed, (*arguments, *self.values))
+
+    def _encoded(self, addresses: list[int | None]) -> list[Any]:
+        arguments: list[Any] = []
+        for address, encode in zip(addresses, self.encoders or (), strict=True):
+            arguments += (address,) if encode is None or address is None else encode(address)
+        return arguments
+
+    def _launch_by_triton(self, tensors: tuple[Any, ...]) -> None:
+        if not (LAUNCHER_IS_KNOWN or INTERPRETED):
+            _warn_once()
+        with on_device(tensors[0]):
+            self.kernel[self.grid](*self._described(tensors), *self.numbers, **self.constants)
+
+    def _described(self, tensors: tuple[Any, ...]) -> list[Any]:
+        """The kernel's first arguments: the tensors, or descriptors of them."""
+        return [
+            tensor if tensor is None or matrix is None else TensorDescriptor(tensor, *matrix)
+            for tensor, matrix in zip(tensors, self.matrices or len(tensors) * (None,), strict=True)
+        ]
+
+    def _compile(self, tensors: tuple[Any, ...]) -> Launcher | None:
+        """None if Triton has no kernel that its C function can launch by itself."""
+        args = self._described(tensors)
+        with on_device(tensors[0]):
+            compiled = self.kernel.warmup(*args, *self.numbers, grid=self.grid, **self.constants)
+            # A hook of Triton's may take over compilation, and a kernel may want memory of Triton's for each launch.
+            if compiled is None or _needs_scratch(compiled.run):
+                return None
+        if self.matrices is not None:
+            metadata = iter(compiled.metadata.tensordesc_meta or ())
+            self.encoders = tuple(
+                _encoder_of(arg, next(metadata)) if type(arg) is TensorDescriptor else None for arg in args
+            )
+        # The launcher reads no constexpr, but counts them.
+        self.values = (*self.numbers, *self.constants.values())[: len(self.kernel.arg_names) - len(tensors)]
+        self.device = tensors[0].get_device()
+        self.launcher = launcher_of(compiled)
+        return self.launcher
+
+
+@functools.cache
+def _warn_once() -> None:
+    logging.getLogger(__name__).warning(SLOW_LAUNCHES)
+
+
+def is_observed(kernel: Any) -> bool:
+    """Whether something wants to see or change launches, which Triton's own path then has to make."""
+    runtime = knobs.runtime
+    try:
+        hooked = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+    except AttributeError:  # a function or None in place of a chain of hooks
+        hooked = True
+    observed: bool = (
+        hooked
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+        or kernel.pre_run_hooks
+    )
+    return observed
+
+
+def _needs_scratch(run: Any) -> bool:
+    """Whether Triton allocates memory for each launch of a kernel. For none of ours it does."""
+    return bool(run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
+
+
+@functools.lru_cache(MAX_PLANS)
+def launcher_of(compiled: Any) -> Launcher:
+    """How to launch a compiled kernel. Versions of Triton differ in here and in ``_encode``."""
+    run, metadata = compiled.run, compiled.packed_metadata
+    function = run.launch
+    # For a kernel with descriptors Triton wraps its C function into one that encodes them in every call.
+    if inspect.isfunction(function):
+        function = inspect.getclosurevars(function).nonlocals["launcher"]
+    options = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    # None: no scratch memory, no metadata for hooks, and no hooks.
+    if not hasattr(run, "arg_annotations"):  # Triton 3.6 compiles a launcher for each signature
+        return Launcher(function, (*options, None, None, metadata, None, None, None), True, compiled)
+    signature = (run.arg_annotations, run.kernel_signature)
+    return Launcher(function, (*options, metadata, None, None, None, None, None, *signature), False, compiled)
+
+
+class _Address:
+    """Stands for a tensor of which only the address is read."""
+
+    def __init__(self, address: int) -> None:
+        self.data_ptr = lambda: address
+
+
+def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
+    """Return a function from a tensor's address to the launcher's arguments for a descriptor of it.
+
+    An encoding depends only on the address, so it can be reused for any tensor there.
+    """
+    template = copy.copy(descriptor)
+    template.base = None  # keeps no tensor alive
+
+    @functools.lru_cache(MAX_ENCODED)
+    def encode(address: int) -> tuple[Any, ...]:
+        there = copy.copy(template)
+        there.base = _Address(address)
+        return _encode(there, metadata)
+
+    return encode
+
+
+def _encode(descriptor: TensorDescriptor, metadata: Any) -> tuple[Any, ...]:
+    encode = triton.backends.nvidia.driver.make_tensordesc_arg
+    more = (None,) * (encode.__code__.co_argcount - 2)  # Triton 3.9 passes on arguments that it does not read
+    try:
+        return tuple(encode(descriptor, metadata, *more))
+    except RuntimeError:
+        # A launch makes the device's context current where a thread has none yet, encoding does not. Any call of
+        # CUDA's runtime does, and this one is allowed while a graph is captured.
+        torch.cuda.mem_get_info()
+        return tuple(encode(descriptor, metadata, *more))
