@@ -77,20 +77,12 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @triton.jit
 def act_bwd_kernel(
-    d_out_ptr,
-    saved_ptr,
-    d_preact_ptr,
-    partial_ptr,
-    M,
-    N,
-    stride_dm,
-    stride_dn,
-    ACTIVATION: tl.constexpr,
-    BIAS_GRAD: tl.constexpr,
-    ROWS_PER_PROGRAM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    d_out_ptr, saved_ptr, d_preact_ptr, partial_ptr,
+    M, N,
+    stride_dm, stride_dn,
+    ACTIVATION: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     num_pid_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // num_pid_n
     pid_n = tl.program_id(0) % num_pid_n

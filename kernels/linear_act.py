@@ -35,18 +35,9 @@ def _tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 @triton.jit
 def _store(
-    acc,
-    out_ptr,
-    preact_ptr,
-    start_m,
-    start_n,
-    M,
-    N,
-    ACTIVATION: tl.constexpr,
-    SAVE_PREACT: tl.constexpr,
-    TMA: tl.constexpr,
-    SUBTILES: tl.constexpr,
-):
+    acc, out_ptr, preact_ptr, start_m, start_n, M, N,
+    ACTIVATION: tl.constexpr, SAVE_PREACT: tl.constexpr, TMA: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
     """Write a tile of pre-activations and their activation, in SUBTILES slices of columns one after the other."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
@@ -75,16 +66,9 @@ def _store(
 
 @triton.jit
 def _product_tma(
-    x_desc,
-    w_desc,
-    start_m,
-    start_n,
-    K,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_desc, w_desc, start_m, start_n, K,
+    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """A tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -96,23 +80,11 @@ def _product_tma(
 
 @triton.jit
 def _product_pointer(
-    x_ptr,
-    w_ptr,
-    start_m,
-    start_n,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    EVEN_K: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, w_ptr, start_m, start_n, M, N, K,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """A tile of ``x @ W.T``, loaded through pointers."""
     # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
     rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
@@ -138,31 +110,14 @@ def _product_pointer(
 
 @triton.jit
 def linear_act_fwd_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
-    preact_ptr,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SAVE_PREACT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    SUBTILES: tl.constexpr,
-):
+    x_ptr, w_ptr, bias_ptr, out_ptr, preact_ptr,
+    M, N, K,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PREACT: tl.constexpr,
+    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
     """With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused.
 
     The grid: a block per tile, or any number of blocks if PERSISTENT. K is at least 1.

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +189,11 @@ class Launch:
         args = self._described(tensors)
         with on_device(tensors[0]):
             compiled = self.kernel.warmup(*args, *self.numbers, grid=self.grid, **self.constants)
-            # A hook of Triton's may take over compilation, and a kernel may want memory of Triton's for each launch.
-            if compiled is None or _needs_scratch(compiled.run):
+            if compiled is None:  # a hook of Triton's took over the compilation
                 return None
+            run = compiled.run
+            if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+                return None  # Triton would allocate memory for each launch; none of our kernels needs it
         if self.matrices is not None:
             metadata = iter(compiled.metadata.tensordesc_meta or ())
             self.encoders = tuple(
@@ -225,11 +228,6 @@ def is_observed(kernel: Any) -> bool:
     return observed
 
 
-def _needs_scratch(run: Any) -> bool:
-    """Whether Triton allocates memory for each launch of a kernel. For none of ours it does."""
-    return bool(run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
-
-
 @functools.lru_cache(MAX_PLANS)
 def launcher_of(compiled: Any) -> Launcher:
     """How to launch a compiled kernel. Versions of Triton differ in here and in ``_encode``."""
@@ -246,13 +244,6 @@ def launcher_of(compiled: Any) -> Launcher:
     return Launcher(function, (*options, metadata, None, None, None, None, None, *signature), False, compiled)
 
 
-class _Address:
-    """Stands for a tensor of which only the address is read."""
-
-    def __init__(self, address: int) -> None:
-        self.data_ptr = lambda: address
-
-
 def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
     """Return a function from a tensor's address to the launcher's arguments for a descriptor of it.
 
@@ -264,7 +255,7 @@ def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
     @functools.lru_cache(MAX_ENCODED)
     def encode(address: int) -> tuple[Any, ...]:
         there = copy.copy(template)
-        there.base = _Address(address)
+        there.base = SimpleNamespace(data_ptr=lambda: address)
         return _encode(there, metadata)
 
     return encode

@@ -13,9 +13,9 @@ import torch
 
 from bert_fused.kernels import linear_act as launcher
 from bert_fused.kernels import lookup
-from bert_fused.kernels.configs import SHARED_MEMORY, TABLES, Config, Entry, Measured, default_config
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, Entry, Measured, default_config
 from bert_fused.kernels.linear_act import _is_aligned, _precision, linear_act_fwd
-from bert_fused.kernels.lookup import MAX_M, MAX_N, get_config, load_table, shipped_configs
+from bert_fused.kernels.lookup import MAX_M, MAX_N, TABLES, get_config, load_table, shipped_configs
 from bert_fused.tune.candidates import candidates, modelled_clocks
 from bert_fused.tune.shapes import MODELS
 

@@ -1,4 +1,4 @@
-"""Kept launches: the kernel that Triton would pick, the right addresses, and no call kept that must be made anew.
+"""Plans: the kernel that Triton would pick, the right addresses, and no plan for a call that PyTorch must see.
 
 Most run in a process of their own, where a stub stands in for the driver (``launch_child.py``). The autograd of kept
 calls is checked here, with calls that run through the interpreter.
@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import launch_child
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from benchmarks import stub_driver
 from bert_fused import linear_act, ops, reference
-from bert_fused.kernels import replay
-from bert_fused.kernels.configs import default_config
-from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.kernels import plan as launching
+from bert_fused.kernels.plan import key_of, plans
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,32 +46,19 @@ def test_in_a_process_without_a_driver(check: str, outcomes: dict[str, str]) -> 
 # -------------------------------------------------------------------------------------------- what a kept call computes
 
 
-class InterpretedCall:
-    """A kept call that asks the interpreter for its numbers, and counts."""
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the calls that a plan from before served: one for each."""
+    found: list[str] = []
 
-    def __init__(self, activation: str, saves_preact: bool) -> None:
-        self.activation, self.saves_preact, self.made = activation, saves_preact, 0
+    def get(key: Any) -> Any:
+        plan = plans.get(key)
+        if plan is not None:
+            found.append(key[0][0])
+        return plan
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        self.made += 1
-        config = default_config(1, "float32", 0)
-        how = {"activation": self.activation, "save_preact": self.saves_preact, "config": config}
-        return linear_act_fwd(x, weight, bias, **how)
-
-
-def keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute: bool = False) -> InterpretedCall:
-    """As if such a call had been made and kept."""
-    needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
-    saves_preact = needs_grad and not recompute and activation not in ("relu", "tanh", "none")
-    call = InterpretedCall(activation, saves_preact)
-    replay.calls[replay.key_of(x, weight, bias, activation, saves_preact)] = call
-    return call
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Any:
-    yield replay.calls.clear()
-    replay.calls.clear()
+    monkeypatch.setattr(ops, "plans", SimpleNamespace(get=get))
+    return found
 
 
 def leaves(shape: tuple[int, ...], wanted: tuple[bool, bool, bool], seed: int = 0) -> list[Tensor]:
@@ -92,12 +79,12 @@ WANTED = [(x, w, b) for x in (True, False) for w in (True, False) for b in (True
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("xwb"[i] for i in range(3) if w[i]))
 def test_gradients_of_a_kept_call(
-    activation: str, recompute: bool, shape: tuple[int, ...], wanted: tuple[bool, bool, bool]
+    activation: str, recompute: bool, shape: tuple[int, ...], wanted: tuple[bool, bool, bool], served: list[str]
 ) -> None:
     ours, eager = leaves(shape, wanted), leaves(shape, wanted)
-    call = keep(*ours, activation, recompute)
+    linear_act(*ours, activation, recompute_preact=recompute)
     out, expected = linear_act(*ours, activation, recompute_preact=recompute), reference.linear_act(*eager, activation)
-    assert call.made == 1
+    assert served == [activation]
     torch.testing.assert_close(out, expected)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     out.backward(d_out, retain_graph=True)
@@ -115,7 +102,7 @@ def test_second_gradients_of_a_kept_call(activation: str) -> None:
     for function in (linear_act, reference.linear_act):
         tensors = leaves((2, 3, 8), (True, True, True))
         if function is linear_act:
-            keep(*tensors, activation)
+            function(*tensors, activation)
         out = function(*tensors, activation)
         first = torch.autograd.grad(out.pow(2).sum(), tensors, create_graph=True)
         results.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), tensors))
@@ -135,33 +122,32 @@ def saved_shapes(tensors: list[Tensor], activation: str) -> list[torch.Size]:
     return shapes
 
 
-def test_a_kept_call_saves_what_a_new_one_does() -> None:
+def test_a_kept_call_saves_what_a_new_one_does(served: list[str]) -> None:
     for wanted in WANTED:
         for activation in ("gelu", "relu", "none"):
             tensors = leaves((2, 3, 8), wanted)
+            plans.clear()
             new = saved_shapes(tensors, activation)
-            call = keep(*tensors, activation)
+            assert not served
             assert saved_shapes(tensors, activation) == new
-            assert call.made == 1
+            assert served.pop() == activation
             # x for the weight's gradient, the weight for x's, and what the activation's derivative needs.
             assert len(new) == wanted[1] + wanted[0] + (activation != "none")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
-def test_checkpointing_may_recompute_by_a_kept_call(activation: str) -> None:
+def test_checkpointing_may_recompute_by_a_kept_call(activation: str, served: list[str]) -> None:
     """It compares what is saved with what the first, new call saved."""
     tensors = leaves((2, 3, 8), (True, True, True))
     out = torch.utils.checkpoint.checkpoint(linear_act, *tensors, activation, use_reentrant=False)
-    call = keep(*tensors, activation)
+    assert not served
     out.sum().backward()
-    assert call.made == 1
+    assert served == [activation]
 
 
 def test_the_result_of_a_kept_call_may_be_changed_in_place() -> None:
-    for kept in (False, True):
+    for _ in range(2):
         tensors = leaves((2, 3, 8), (True, True, True))
-        if kept:
-            keep(*tensors, "gelu")
         out = linear_act(*tensors, "gelu")
         assert not out._is_view()
         out.mul_(2).sum().backward()
@@ -170,20 +156,12 @@ def test_the_result_of_a_kept_call_may_be_changed_in_place() -> None:
 
 def test_a_saved_weight_changed_in_place_is_noticed() -> None:
     x, weight, bias = leaves((2, 3, 8), (True, True, True))
-    keep(x, weight, bias, "gelu")
+    linear_act(x, weight, bias)
     out = linear_act(x, weight, bias)
     with torch.no_grad():
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-def test_a_kept_call_that_cannot_be_made_is_made_anew() -> None:
-    tensors = leaves((5, 8), (False, False, False))
-    call = keep(*tensors, "gelu")
-    call.__class__ = type("Refusing", (InterpretedCall,), {"__call__": lambda self, *args: None})
-    torch.testing.assert_close(linear_act(*tensors, "gelu"), reference.linear_act(*tensors, "gelu"))
-    assert replay.calls == {replay.key_of(*tensors, "gelu", False): call}
 
 
 class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
@@ -235,24 +213,35 @@ class Sub(Tensor):
 @pytest.mark.parametrize("name", list(stepping_aside()))
 def test_a_kept_call_is_not_made_where_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = leaves((5, 8), (False, False, False))
-    call = InterpretedCall("gelu", False)
-    monkeypatch.setattr(ops, "_kept_call", lambda key: call)  # whatever the key
+    made: list[int] = []
+    plan = plan_of(*tensors)
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return plan(*arguments)
+
+    monkeypatch.setattr(ops, "plans", SimpleNamespace(get=lambda key: counted))  # whatever the key
     stepping_aside()[name](*tensors)
-    assert call.made == 0
+    assert not made
     linear_act(*tensors)
-    assert call.made == 1
+    assert made
 
 
-def test_the_switch_turns_kept_calls_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def plan_of(*tensors: Tensor) -> Any:
+    linear_act(*tensors)
+    return plans[key_of(("gelu", False), *tensors)]
+
+
+def test_the_switch_turns_kept_calls_off(monkeypatch: pytest.MonkeyPatch, served: list[str]) -> None:
     tensors = leaves((5, 8), (False, False, False))
-    call = keep(*tensors, "gelu")
+    linear_act(*tensors)
     monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
     linear_act(*tensors)
-    assert call.made == 0
+    assert not served
     for off in ("0", ""):
         monkeypatch.setenv("BERT_FUSED_DISABLE", off)
         linear_act(*tensors)
-    assert call.made == 2
+    assert served == ["gelu", "gelu"]
 
 
 def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,10 +265,10 @@ def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPa
         (x, square.t(), b, "gelu", False),
         (x, w, torch.randn(24)[::2], "gelu", False),
     ]
-    monkeypatch.setattr(replay, "_fp32_precision", lambda *_: "ieee")
-    keys = [replay.key_of(*variant) for variant in variants]
-    monkeypatch.setattr(replay, "_fp32_precision", lambda *_: "tf32")
-    keys.append(replay.key_of(*variants[0]))
+    monkeypatch.setattr(launching, "_fp32_precision", lambda *_: "ieee")
+    keys = [key_of(call, *tensors) for *tensors, activation, save in variants for call in [(activation, save)]]
+    monkeypatch.setattr(launching, "_fp32_precision", lambda *_: "tf32")
+    keys.append(key_of(("gelu", False), x, w, b))
     assert len(set(keys)) == len(keys)
 
     class Elsewhere:
@@ -293,19 +282,32 @@ def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPa
             return getattr(self.tensor, name)
 
     moved = [[Elsewhere(t) if i == j else t for j, t in enumerate((x, w, b))] for i in range(3)]
-    assert len({replay.key_of(*tensors, "gelu", False) for tensors in ([x, w, b], *moved)}) == 4
+    assert len({key_of((), *tensors) for tensors in ([x, w, b], *moved)}) == 4
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sparse_and_nested_tensors_have_no_dense_ones_key() -> None:
     x, w, b = leaves((6, 8), (False, False, False))
-    dense = replay.key_of(x, w, b, "gelu", False)
-    assert replay.key_of(x.to_sparse(), w, b, "gelu", False) != dense
-    assert replay.key_of(x, w.to_sparse(), b, "gelu", False) != dense
-    assert replay.key_of(x, w, b.to_sparse(), "gelu", False) != dense
-    assert replay.key_of(torch.nested.nested_tensor([x, x]), w, b, "gelu", False) is None
+    dense = key_of((), x, w, b)
+    assert key_of((), x.to_sparse(), w, b) != dense
+    assert key_of((), x, w.to_sparse(), b) != dense
+    assert key_of((), x, w, b.to_sparse()) != dense
+    assert key_of((), torch.nested.nested_tensor([x, x]), w, b) is None
 
 
-def test_a_lazily_zero_tensor_has_no_address() -> None:
-    """A kept call takes an address of 0 for one."""
-    assert torch._efficientzerotensor(8).data_ptr() == 0
+def test_a_lazily_zero_tensor_has_a_key_of_its_own() -> None:
+    x, w, b = leaves((6, 8), (False, False, False))
+    for place in range(3):
+        zero = [torch._efficientzerotensor(t.shape) if i == place else t for i, t in enumerate((x, w, b))]
+        assert key_of((), *zero) != key_of((), x, w, b)
+
+
+def test_a_key_counts_the_bytes_past_a_boundary() -> None:
+    x, w, b = leaves((6, 8), (False, False, False))
+    room = torch.empty(128)
+    keys = {key_of((), x, w, b)}
+    for place, tensor in enumerate((x, w, b)):
+        for offset in (1, 2, 4):  # 4: on the next boundary
+            moved = room[offset : offset + tensor.numel()].view(tensor.shape)
+            keys.add(key_of((), *[moved if i == place else t for i, t in enumerate((x, w, b))]))
+    assert len(keys) == 7
