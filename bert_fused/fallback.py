@@ -30,7 +30,7 @@ _NOT_SET = (None, b"", b"0", "", "0")
 _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
-_is_autocast_enabled = torch.is_autocast_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def _gpu_reason(device: torch.device) -> str | None:
@@ -135,7 +135,7 @@ def is_plain(x: Any, weight: Any, bias: Any) -> bool:
         and not _len_torch_dispatch_stack()
         and not _is_tracing()
         and forward_ad._current_level < 0
-        and not _is_autocast_enabled()
+        and not _is_any_autocast_enabled()
         and not (x.is_neg() or weight.is_neg())
         and (bias is None or not bias.is_neg())
     )

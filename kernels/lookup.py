@@ -41,6 +41,8 @@ REACH = 4
 # work, and past K = 2000 that costs more than the pass over the output that fusing saves.
 UNMEASURED_K = 2048
 
+UNUSABLE = (OSError, ValueError, TypeError, KeyError)
+
 logger = logging.getLogger(__name__)
 
 
@@ -140,7 +142,7 @@ def load_user_table(arch: int, device: str) -> tuple[Entry, ...]:
         return _measured_entries(path, arch, device)
     except (FileNotFoundError, NotADirectoryError):
         return ()
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except UNUSABLE as error:
         logger.warning(
             "ignoring %s (%s: %s); `python -m %s tune` measures a new one", path, type(error).__name__, error, PACKAGE
         )
@@ -148,7 +150,7 @@ def load_user_table(arch: int, device: str) -> tuple[Entry, ...]:
 
 
 def _measured_entries(path: Path, arch: int, device: str) -> tuple[Entry, ...]:
-    """Raises OSError, ValueError, TypeError or KeyError where the file is not a table of this GPU and version."""
+    """Raises one of ``UNUSABLE`` where the file is not a table of this GPU and version."""
     table = json.loads(path.read_text())
     if table["version"] != VERSION:
         raise ValueError(f"it was written by another version (table version {table['version']}, now {VERSION})")
@@ -192,8 +194,11 @@ def remember(entries: Iterable[Entry], arch: int, device: str, source: str) -> P
     path = table_path(arch, device)
     if path is None:
         raise OSError("there is no folder for tables: BERT_FUSED_TABLES is off, or there is no home directory")
-    forget_tables()
-    merged = {(e.config.dtype, e.n, e.k, e.m): entry_row(e) for e in (*load_user_table(arch, device), *entries)}
+    try:
+        known = _measured_entries(path, arch, device)
+    except UNUSABLE:
+        known = ()
+    merged = {(e.config.dtype, e.n, e.k, e.m): entry_row(e) for e in (*known, *entries)}
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"version": VERSION, "device": device, "arch": arch, "source": source}
     write(path, header, [row for _, row in sorted(merged.items(), key=itemgetter(0))])
