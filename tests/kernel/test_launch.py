@@ -1,7 +1,7 @@
 """Plans: the kernel that Triton would pick, the right addresses, and no plan for a call that PyTorch must see.
 
-Most run in a process of their own, where a stub stands in for the driver (``launch_child.py``). The autograd of kept
-calls is checked here, with calls that run through the interpreter.
+Most run in a process of their own, on a stub driver (``launch_child.py`` and its modules). The autograd of kept calls
+is checked here, in the interpreter.
 """
 
 import json
@@ -39,7 +39,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("check", launch_child.CHECKS)
-def test_in_a_process_without_a_driver(check: str, outcomes: dict[str, str]) -> None:
+def test_launch_on_a_stub_driver(check: str, outcomes: dict[str, str]) -> None:
     assert outcomes[check] == "", outcomes[check]
 
 
