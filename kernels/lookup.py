@@ -15,11 +15,10 @@ import re
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .configs import Config, Entry, Measured, default_config, unlaunchable
 
-T = TypeVar("T")
 Rows = list[dict[str, Any]]
 
 PACKAGE = __name__.partition(".")[0]
@@ -241,23 +240,15 @@ def parse_rows(rows: Iterable[dict[str, Any]]) -> tuple[Entry, ...]:
             tile = dict(row)
             dtypes, m, n, k = tile.pop("dtypes"), tile.pop("m"), tile.pop("n", None), tile.pop("k", None)
             measured = tile.pop("measured", None)
-            measured = _typed(Measured, measured) if measured is not None else None
+            measured = Measured(**measured) if measured is not None else None
             if any(type(size) is not int or size < 1 for size in (m, *(s for s in (n, k) if s is not None))):
                 raise ValueError("sizes must be positive integers")
             if (n is None) != (k is None):
                 raise ValueError("n and k come together")
-            entries += [Entry(m, n, k, _typed(Config, tile | {"dtype": dtype}), measured) for dtype in dtypes]
+            entries += [Entry(m, n, k, Config(**tile, dtype=dtype), measured) for dtype in dtypes]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"row {row}: {type(error).__name__}: {error}") from error
     return tuple(entries)
-
-
-def _typed(kind: type[T], values: dict[str, Any]) -> T:
-    """An instance of a dataclass whose fields have exactly their declared types."""
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name in values and type(values[field.name]) is not field.type:
-            raise TypeError(f"{field.name} = {values[field.name]!r}")
-    return kind(**values)
 
 
 def entry_row(entry: Entry) -> dict[str, Any]:
