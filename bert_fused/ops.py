@@ -51,29 +51,7 @@ def linear_act(
         if plan is not None:  # an equal call has passed the checks below
             outputs = plan(x, weight, bias)
             return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
-    if isinstance(x, Tensor) and x.is_nested:
-        return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
-    _check(x, weight, bias, activation)
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
-        x, weight, bias = _autocast(x, weight, bias, torch.get_autocast_dtype(device_type))
-    _check_dtypes(x, weight, bias)
-    reason = fallback_reason(x, weight, bias)
-    if reason is not None:
-        if x.is_cuda and not torch.compiler.is_compiling():
-            log_once(reason)
-        return reference.linear_act(x, weight, bias, activation)
-
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
-    if torch.compiler.is_compiling():
-        rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-        out: Tensor = operator(rows, weight, bias, activation, save_preact)[0]
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
-    outputs = launch(x, weight, bias, activation, save_preact)
-    return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
+    return _new_call(x, weight, bias, activation, recompute_preact)
 
 
 def cls_pool(
@@ -101,6 +79,33 @@ def cls_pool(
     if hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
         raise ValueError(f"hidden_states must be [B, S, K] with S >= 1, got shape {tuple(hidden_states.shape)}")
     return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
+
+
+def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool) -> Tensor:
+    """``linear_act`` of a call that no plan serves: check it, cast it, and take the path that can serve it."""
+    if isinstance(x, Tensor) and x.is_nested:
+        return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
+    _check(x, weight, bias, activation)
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
+        x, weight, bias = _autocast(x, weight, bias, torch.get_autocast_dtype(device_type))
+    _check_dtypes(x, weight, bias)
+    reason = fallback_reason(x, weight, bias)
+    if reason is not None:
+        if x.is_cuda and not torch.compiler.is_compiling():
+            log_once(reason)
+        return reference.linear_act(x, weight, bias, activation)
+
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
+    if torch.compiler.is_compiling():
+        rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+        out: Tensor = operator(rows, weight, bias, activation, save_preact)[0]
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+    outputs = launch(x, weight, bias, activation, save_preact)
+    return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
