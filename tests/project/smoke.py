@@ -1,7 +1,7 @@
-"""A user's first hour with an installed bert_fused, in Triton's interpreter: ``TRITON_INTERPRET=1 python smoke.py``.
+"""Use an installed bert_fused as a newcomer would, in Triton's interpreter: ``TRITON_INTERPRET=1 python smoke.py``.
 
-Run by test_packaging.py and release.py with the Python of an environment in which the wheel is installed. Prints what
-it ran on as JSON; an exception is a failure.
+test_packaging.py and release.py run this with the Python of an environment in which the wheel is installed. It prints
+the versions that it ran on as JSON; an exception is a failure.
 """
 
 import json
@@ -21,7 +21,7 @@ from bert_fused.reference import error_bound
 
 HERE = Path(sysconfig.get_path("purelib"))
 assert Path(bert_fused.__file__).is_relative_to(HERE), bert_fused.__file__
-# Someone else's package may have this name; ours must not take it.
+# Hugging Face's package has this name; the wheel must not take it.
 assert not (HERE / "kernels").exists() or "bert_fused" not in (HERE / "kernels" / "__init__.py").read_text()
 
 torch.manual_seed(0)
