@@ -2,10 +2,11 @@
 
 import importlib.util
 import math
-import subprocess
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -77,40 +78,47 @@ def test_a_fault_is_found_if_its_tests_end_badly_only_with_it(
     assert file.read_text() == "x = 1\n"
 
 
-FAULTS_OF_A_TEST = """
-[["kernels/configs.py"]]
-name = "a longer reach"
-old = "REACH = 4"
-new = "REACH = 8"
-tests = "tests/kernel/test_configs.py::test_an_entry_for_the_shape_reaches_a_factor_of_four"
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, **ends: str) -> int:
+    """The exit status of the command where all tests pass without a fault, and end as said with each."""
+    pairs = [(name, f"x = {value}") for value, name in enumerate(ends, 2)]
+    faults = [mutants.Fault(name, "kernels/runtime.py", "INTERPRETER_SMS = 2", new, name) for name, new in pairs]
 
-[["kernels/configs.py"]]
-name = "the same reach"
-old = "REACH = 4"
-new = "REACH = 2**2"
-tests = "tests/kernel/test_configs.py::test_an_entry_for_the_shape_reaches_a_factor_of_four"
-"""
+    def run_tests(copy: Path, name: str, limit: float) -> Any:
+        planted = "INTERPRETER_SMS = 2" not in (copy / "kernels/runtime.py").read_text()
+        return mutants.Run(ends[name] if planted else "passed", 1.0)
 
-
-def run_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    faults = folder / "faults.toml"
-    faults.write_text(FAULTS_OF_A_TEST)
-    command = [sys.executable, str(FOLDER), "--faults", str(faults), "--jobs", "1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    monkeypatch.setattr(mutants, "read_faults", lambda path: faults)
+    monkeypatch.setattr(mutants, "run_tests", run_tests)
+    monkeypatch.setattr(sys, "argv", ["mutants", *arguments])
+    return mutants.main()
 
 
-def test_a_fault_that_survives_fails_the_command(tmp_path: Path) -> None:
-    """The tests run in the copy and against its code."""
-    done = run_command(tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    killed, survived, *_, count = done.stdout.splitlines()
-    assert killed.startswith("killed    a longer reach")
-    assert "test_configs.py::test_an_entry_for_the_shape_reaches" in killed
-    assert survived.startswith("survived  the same reach")
-    assert count.startswith("1 of 2 found")
+def test_a_fault_that_survives_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, noticed="failed", hung="timed out") == 0
+    assert "2 of 2 found" in capsys.readouterr().out
+    assert run_main(monkeypatch, noticed="failed", ignored="passed") == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 found" in printed
+    assert "survived: ignored" in printed
+    assert run_main(monkeypatch, "ticed", noticed="failed", ignored="passed") == 0
+    assert run_main(monkeypatch, "--seconds", "0", noticed="failed", ignored="passed") == 1
+    assert "not run, 2: noticed; ignored" in capsys.readouterr().out
 
 
-def test_faults_past_the_time_limit_are_named(tmp_path: Path) -> None:
-    done = run_command(tmp_path, "--seconds", "0")
-    assert done.returncode == 1
-    assert "not run, 2: a longer reach; the same reach" in done.stdout
+@pytest.mark.parametrize(
+    ("test", "how", "detail"),
+    [
+        ("from bert_fused import __version__ as v; assert not v", "failed", "test_it.py::test_it"),
+        ("pass", "broken", "bert_fused was not imported from the copy"),
+        ("import time; time.sleep(99)", "timed out", "after 10 s"),
+        ("import os; os.abort()", "crashed", "SIGABRT"),
+    ],
+)
+def test_a_run_says_how_the_tests_of_a_copy_ended(test: str, how: str, detail: str, tmp_path: Path) -> None:
+    copy = mutants.copy_repository(tmp_path / "copy")
+    assert os.readlink(copy / "bert_fused/kernels") == "../kernels"
+    (copy / "test_it.py").write_text(f"def test_it(): {test}")
+    run = mutants.run_tests(copy, "test_it.py", 10 if how == "timed out" else 200)
+    assert (run.how, run.detail.removeprefix("status 97: ")) == (how, detail)
