@@ -60,26 +60,11 @@ for dtype in (torch.float32, torch.float16):
         assert float(error) < 4 * torch.finfo(dtype).eps + 1e-5, error
 
 
-def command(*arguments: str) -> dict[str, object]:
-    done = subprocess.run([*arguments, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-versions = command(sys.executable, "-m", "bert_fused", "info")["versions"]
-assert versions["bert-fused"] == bert_fused.__version__
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    script = str(Path(sysconfig.get_path("scripts"), "bert-fused"))
-    assert command(script, "check", folder, "--seconds", "0", "--tokens", "9")["verified"] is True
-print(
-    json.dumps(
-        {
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "bert_fused": bert_fused.__version__,
-        }
-    )
-)
+    command = [sysconfig.get_path("scripts") + "/bert-fused", "check", folder, "--seconds=0", "--tokens=9", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verified"] is True
+versions = {module.__name__: module.__version__ for module in (torch, triton, transformers, bert_fused)}
+print(json.dumps(versions | {"python": sys.version.split()[0]}))
