@@ -23,7 +23,7 @@ def test_every_fault_names_tests_that_exist() -> None:
     for fault in FAULTS:
         for test in fault.tests.split(" -k")[0].split():
             path, _, name = test.partition("::")
-            assert f"def {name.partition('[')[0]}" in (ROOT / path).read_text(), fault.name
+            assert not name or f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), fault.name
 
 
 @pytest.mark.parametrize(
