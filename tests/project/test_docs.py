@@ -14,8 +14,12 @@ import pytest
 
 import bert_fused
 from bert_fused.__main__ import parse
+from bert_fused.tune.candidates import chip_of, modelled_clocks
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
+import draw  # noqa: E402
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -23,7 +27,6 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "design").glob("*.md")),
 ]
-sys.path.insert(0, str(ROOT / "docs"))
 
 
 def blocks(language: str) -> dict[str, str]:
@@ -119,8 +122,6 @@ def drawn(svg: Path) -> list[str]:
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
-    import draw
-
     draw.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in draw.FOLDER.iterdir()}
     for path in tmp_path.iterdir():
@@ -130,10 +131,6 @@ def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
 
 def test_the_timeline_is_the_models_and_says_so() -> None:
     """Its ends are the clocks of the cycle model for so many tiles on each SM."""
-    import draw
-
-    from bert_fused.tune.candidates import chip_of, modelled_clocks
-
     tiles = draw.TILES_PER_SM * chip_of(draw.ARCH).sms
     columns = draw.N // draw.TILE.block_n
     assert tiles % columns == 0
