@@ -1,13 +1,14 @@
-"""A fused call among graphs, streams, settings and models on an NVIDIA GPU. ``make gpu-test`` runs this."""
+"""Fused calls in CUDA graphs, on streams and in models on an NVIDIA GPU. ``make gpu-test`` runs this."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gpu import DEVICE, HAS_GPU, MARKS, gradients, inputs, needs_gpu
-from reference64 import Inputs, act64, assert_forward, assert_within, linear64, magnitude, rms
+from models import inputs as text
+from models import make
+from reference64 import Inputs, assert_forward, rms
 from torch import Tensor
 
 import bert_fused
@@ -72,8 +73,8 @@ def test_the_same_call_gives_the_same_bits(M: int) -> None:
 
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_device_that_is_not_the_current_one() -> None:
-    """In turns with the one that is: what is kept of one device's calls must not serve another's."""
+def test_a_call_on_a_device_other_than_the_current_one_stays_there() -> None:
+    """In turns with the current one: a call kept for one device must not serve another."""
     data = inputs("unit", 300, 256, 192, torch.bfloat16)
     d_out = torch.ones(300, 256, dtype=torch.bfloat16, device=DEVICE)
     there = Inputs(*(tensor.to("cuda:1") for tensor in (data.x, data.weight, data.bias)))
@@ -92,35 +93,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
                 assert rms(mine - other) <= 2e-2 * rms(other)
 
 
-@pytest.fixture
-def tf32_allowed() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    yield
-    matmul.fp32_precision = before
-
-
-def test_fp32_is_exact_by_default() -> None:
-    x, weight, bias = vars(inputs("unit", 300, 256, 192, torch.float32)).values()
-    assert_forward(linear_act(x, weight, bias), x, weight, bias, "gelu")
-
-
-@needs_gpu
-@pytest.mark.usefixtures("tf32_allowed")
-@pytest.mark.parametrize("M", [64, 2048])
-def test_fp32_uses_tf32_where_torch_allows_it(M: int) -> None:
-    x, weight, bias = vars(inputs("unit", M, 256, 192, torch.float32)).values()
-    ref = act64(linear64(x, weight, bias), "gelu")
-    out = linear_act(x, weight, bias)
-    assert_within(out, ref, torch.full_like(ref, 2.0**-10 * magnitude(x, weight, bias)))
-    assert rms(out - ref) > 1e-5 * rms(ref), "TF32 was allowed, and not used"
-
-
-def test_a_bf16_model_fused_gives_its_own_results() -> None:
-    from models import inputs as text
-    from models import make
-
+def test_a_fused_bf16_model_gives_the_unfused_results() -> None:
     model = make(hidden_size=64, intermediate_size=128).to(DEVICE, torch.bfloat16)
     batch = {name: tensor.to(DEVICE) for name, tensor in text().items()}
     report = bert_fused.fuse(model)
@@ -132,9 +105,6 @@ def test_a_bf16_model_fused_gives_its_own_results() -> None:
 
 
 def test_an_autocast_training_step_is_as_good_as_eagers() -> None:
-    from models import inputs as text
-    from models import make
-
     model = make(hidden_size=64, intermediate_size=128).to(DEVICE)
     batch = {name: tensor.to(DEVICE) for name, tensor in text(rows=8, length=30).items()}
 
@@ -152,22 +122,9 @@ def test_an_autocast_training_step_is_as_good_as_eagers() -> None:
     assert rms(ours - truth) <= 1.2 * rms(theirs - truth)
 
 
-def test_torch_compile_takes_the_fused_model() -> None:
-    from models import inputs as text
-    from models import make
-
-    model = make(hidden_size=64, intermediate_size=128, num_hidden_layers=1).to(DEVICE)
-    batch = {name: tensor.to(DEVICE) for name, tensor in text().items()}
-    with torch.no_grad(), bert_fused.fused(model):
-        expected = model(**batch)
-        compiled = torch.compile(model, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")(**batch)
-    for name in ("last_hidden_state", "pooler_output"):
-        assert (compiled[name] - expected[name]).abs().max() < 1e-3
-
-
 @needs_gpu
 def test_recomputing_takes_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Peaks of one training step of four blocks; printed, for whoever wants the figures."""
+    """Compares and prints the memory peaks of one training step of four blocks."""
     M, N, K, blocks = 8192, 3072, 768, 4
     x = torch.randn(M, K, device=DEVICE).bfloat16().requires_grad_()
     weights = [(0.02 * torch.randn(N, K, device=DEVICE)).bfloat16().requires_grad_() for _ in range(blocks)]

@@ -1,8 +1,6 @@
-"""NVIDIA's compute-sanitizer over the kernels: stray accesses, and races in shared memory.
+"""NVIDIA's compute-sanitizer looks for stray accesses, and races in shared memory. ``make gpu-sanitize`` runs this.
 
-``sh benchmarks/gpu.sh sanitize python3`` runs this.
-
-Where the tool is not installed, nothing here is checked, and the report of skipped tests says so.
+Where the tool is not installed these tests are skipped, and pytest's report says so.
 """
 
 import os
@@ -59,18 +57,18 @@ print("all launched")
 @pytest.mark.parametrize("kernels", ["pointer", "tma"])
 @pytest.mark.parametrize(
     ("tool", "options"),
-    # A gap after every allocation: what lies behind a tensor is nobody's, not the next one's. Racecheck's warnings are
-    # guesses of its own.
+    # A gap after every allocation: an access past a tensor does not reach the next one. Racecheck's warnings are only
+    # guesses.
     [("memcheck", ["--padding", "4096"]), ("racecheck", ["--racecheck-detect-level", "error"])],
     ids=["memcheck", "racecheck"],
 )
 def test_compute_sanitizer_finds_nothing(tool: str, options: list[str], kernels: str) -> None:
     if kernels == "tma" and arch_of(DEVICE) not in TMA_ARCHS:
         pytest.skip("this GPU has no tensor memory accelerator")
-    # torch probes for what a driver may lack, and the calls that fail then are no findings.
+    # torch calls functions that a driver may lack; such failed calls are no findings.
     command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", *options]
     command += [sys.executable, "-c", SCRIPT, kernels, DEVICE.type]
-    # Without the caching allocator every tensor is an allocation of its own, with bounds that can be checked.
+    # Without the caching allocator every tensor is its own allocation, whose bounds the tool checks.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)

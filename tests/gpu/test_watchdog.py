@@ -1,4 +1,4 @@
-"""One fault or hang costs one test: rehearsed with faults and hangs planted in tests that need no GPU."""
+"""The watchdog of the GPU tests: one fault or hang costs one test. Faults and hangs are planted; no GPU is needed."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from watchdog import pytest_configure, pytest_runtest_protocol, pytest_runtest_t
 watchdog.SECONDS = 2
 """
 
-# In place of torch, which takes each new worker seconds to import.
+# Stands for torch, whose import takes each new worker seconds.
 TORCH = """
 class cuda:
     dead = False
@@ -88,7 +88,7 @@ def test_one_fault_or_hang_costs_one_test(tmp_path: Path) -> None:
     )
     passed = re.findall(r"PASSED.* test_planted.py::(test_(?:before|after)\[\d\])", done.stdout)
     assert len(passed) == len(set(passed)) == 16, done.stdout
-    # Whoever reads the log sees what died, and where what hung was waiting.
+    # The log says which test died, and where a hanging one waited.
     assert done.stderr.count("the GPU can do no more: CUDA error: an illegal memory access") == 2, done.stderr
     assert done.stderr.count("Timeout (") == 2, done.stderr
     assert "in test_hang\n" in done.stderr

@@ -1,4 +1,4 @@
-"""DDP and FSDP2: two processes train what one process trains unfused, whether fused before or after wrapping."""
+"""DDP and FSDP2: two processes train a fused model to what one process trains unfused."""
 
 import json
 import os
@@ -11,12 +11,9 @@ HERE = Path(__file__).parent
 # How the model is wrapped -> kernels launched in a step, forward and backward, on each rank.
 WAYS = {
     "one process": (0, 0),
-    "ddp, unfused": (0, 0),
     "ddp, fused before": (3, 3),
     "ddp, fused after": (3, 3),
-    "ddp, checkpointed": (5, 3),
     "ddp, unpad": (3, 3),
-    "fsdp, unfused": (0, 0),
     "fsdp, fused before": (3, 3),
     "fsdp, fused after": (3, 3),
     "fsdp, checkpointed": (5, 3),

@@ -1,4 +1,4 @@
-"""sentence-transformers' models through the same ``fuse``: ``encode`` and ``predict`` give what they gave."""
+"""Fused models of sentence-transformers: ``encode`` and ``predict`` return the unfused results."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def tiny(name: str):
     return build(name, vocab_size=30522, max_position_embeddings=128, num_labels=1)
 
 
-def test_encode_of_minilm() -> None:
+def test_encode_of_unpadded_minilm_is_unchanged() -> None:
     model = sentence_transformers.SentenceTransformer(str(minilm.MODEL_DIR), device="cpu", local_files_only=True)
     tokens = int(model.tokenize(TEXTS)["attention_mask"].sum())
     expected = model.encode(TEXTS)
@@ -46,7 +46,7 @@ def test_encode_of_minilm() -> None:
     assert shapes == []
 
 
-def test_left_padding_with_and_without_the_pooler(tmp_path) -> None:
+def test_left_padding_is_unpadded_only_without_the_pooler(tmp_path) -> None:
     model = sentence_transformers.SentenceTransformer(saved(tmp_path, tiny("BertModel")), device="cpu")
     model.tokenizer.padding_side = "left"
     expected = model.encode(TEXTS)
@@ -59,11 +59,9 @@ def test_left_padding_with_and_without_the_pooler(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("unpad", [False, True])
-def test_embeddings_taken_from_position_0(unpad, tmp_path) -> None:
-    from sentence_transformers import models
-
-    transformer = models.Transformer(saved(tmp_path, tiny("BertModel")))
-    pooling = models.Pooling(32, pooling_mode="cls")
+def test_embeddings_of_position_0_are_unchanged_by_cls_only(unpad, tmp_path) -> None:
+    transformer = sentence_transformers.models.Transformer(saved(tmp_path, tiny("BertModel")))
+    pooling = sentence_transformers.models.Pooling(32, pooling_mode="cls")
     model = sentence_transformers.SentenceTransformer(modules=[transformer, pooling], device="cpu")
     expected = model.encode(TEXTS)
     fuse(model, unpad=unpad, cls_only=True)
@@ -74,7 +72,7 @@ def test_embeddings_taken_from_position_0(unpad, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
-def test_cross_encoder(name, tmp_path) -> None:
+def test_scores_of_a_cross_encoder_are_unchanged(name, tmp_path) -> None:
     model = sentence_transformers.CrossEncoder(saved(tmp_path, tiny(name)), device="cpu")
     pairs = [("a question", text) for text in TEXTS]
     expected = model.predict(pairs)
@@ -88,7 +86,7 @@ def test_cross_encoder(name, tmp_path) -> None:
         assert np.abs(scores - expected).max() <= 1e-5
 
 
-def test_a_plain_model_of_the_same_weights_is_called_through_its_own_hooks() -> None:
+def test_a_plain_minilm_is_unpadded_when_called() -> None:
     model = AutoModel.from_pretrained(minilm.MODEL_DIR).eval()
     fuse(model, unpad=True)
     batch = AutoTokenizer.from_pretrained(minilm.MODEL_DIR)(TEXTS, padding=True, return_tensors="pt")

@@ -1,14 +1,16 @@
-"""What fine-tunes models for others: Trainer, accelerate and PEFT, fused against unfused, step by step.
+"""Trainer, accelerate and PEFT train a fused model step by step as they train an unfused one.
 
-Two processes are in test_distributed.py; replicas of torch.nn.DataParallel in test_guards.py and test_encoder_life.py.
+test_distributed.py has two processes; test_guards.py and test_encoder_life.py have torch.nn.DataParallel's replicas.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import SIZES, inputs, make
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
@@ -23,7 +25,7 @@ def model() -> nn.Module:
 
 
 def examples() -> list[dict[str, Tensor]]:
-    """Twelve sequences, each padded to one length, and a label that can be read off them."""
+    """Twelve sequences, each padded to one length, and a label that depends on the first token."""
     batch = inputs(rows=ROWS // 2)
     batch = {name: torch.cat([tensor, tensor.flip(0)]) for name, tensor in batch.items()}
     labels = (batch["input_ids"][:, 0] > SIZES["vocab_size"] // 2).long()
@@ -31,7 +33,7 @@ def examples() -> list[dict[str, Tensor]]:
 
 
 class Recording(Trainer):
-    """Keeps the loss of each step: the log rounds it."""
+    """Keeps the loss of each step, which the log rounds."""
 
     losses: list[float]
 
@@ -73,7 +75,7 @@ def losses_of_trainer(folder: Path, ours: bool, **options: object) -> list[float
     ],
     ids=["fp32", "bf16 checkpointed"],
 )
-def test_trainer(
+def test_trainer_has_eagers_losses(
     options: dict[str, object], tolerance: float, forwards: int, launches: list[str], tmp_path: Path
 ) -> None:
     theirs = losses_of_trainer(tmp_path, False, **options)
@@ -85,11 +87,8 @@ def test_trainer(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_accelerator(when: str, launches: list[str]) -> None:
+def test_accelerator_has_eagers_losses(when: str, launches: list[str]) -> None:
     """``prepare`` puts an autocasting forward on the model itself; the optimizer steps every second batch."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     found = []
     for ours in (False, True):
         for state in (AcceleratorState, GradientState, PartialState):
@@ -121,17 +120,9 @@ def test_accelerator(when: str, launches: list[str]) -> None:
 
 
 def lora(subject: nn.Module) -> nn.Module:
-    import peft
-
     torch.manual_seed(3)
     settings = peft.LoraConfig(r=2, target_modules=r".*(intermediate\.dense|query)", init_lora_weights=False)
     return peft.get_peft_model(subject, settings)
-
-
-ORDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "before": lambda subject: lora(fused(subject)),
-    "after": lambda subject: fused(lora(subject)),
-}
 
 
 def fused(subject: nn.Module) -> nn.Module:
@@ -139,10 +130,11 @@ def fused(subject: nn.Module) -> nn.Module:
     return subject
 
 
-@pytest.mark.parametrize("when", ORDERS)
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_lora_is_trained_and_merged(when: str, launches: list[str]) -> None:
-    """Intermediates with an adapter step aside, the pooler runs its kernel; merged, all of them do."""
-    theirs, ours = lora(model()), ORDERS[when](model())
+    """Intermediates with an adapter run PyTorch's code, the pooler its kernel; merged, all run kernels."""
+    theirs = lora(model())
+    ours = lora(fused(model())) if when == "before" else fused(lora(model()))
     optimizers = [torch.optim.SGD((p for p in m.parameters() if p.requires_grad), lr=0.05) for m in (theirs, ours)]
     for step in range(4):
         batch, labels = inputs(rows=4, length=5 + step), torch.tensor([0, 1, 1, 0])
@@ -169,7 +161,7 @@ def test_lora_is_trained_and_merged(when: str, launches: list[str]) -> None:
     for subject in (theirs, ours):
         merged = subject.merge_and_unload().eval()
         if subject is ours and when == "after":
-            assert len(fuse(merged).fused) == 3  # what stepped aside when it was fused is still unfused
+            assert len(fuse(merged).fused) == 3  # the intermediates were left alone under their adapters
         launches.clear()
         with torch.no_grad():
             results.append(merged(**inputs()).logits)

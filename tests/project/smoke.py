@@ -1,7 +1,7 @@
-"""A user's first hour with an installed bert_fused, in Triton's interpreter: ``TRITON_INTERPRET=1 python smoke.py``.
+"""Use an installed bert_fused as a newcomer would, in Triton's interpreter: ``TRITON_INTERPRET=1 python smoke.py``.
 
-Run by test_packaging.py and release.py with the Python of an environment in which the wheel is installed. Prints what
-it ran on as JSON; an exception is a failure.
+test_packaging.py and release.py run this with the Python of an environment in which the wheel is installed. It prints
+the versions that it ran on as JSON; an exception is a failure.
 """
 
 import json
@@ -21,7 +21,7 @@ from bert_fused.reference import error_bound
 
 HERE = Path(sysconfig.get_path("purelib"))
 assert Path(bert_fused.__file__).is_relative_to(HERE), bert_fused.__file__
-# Someone else's package may have this name; ours must not take it.
+# Hugging Face's package has this name; the wheel must not take it.
 assert not (HERE / "kernels").exists() or "bert_fused" not in (HERE / "kernels" / "__init__.py").read_text()
 
 torch.manual_seed(0)
@@ -60,26 +60,11 @@ for dtype in (torch.float32, torch.float16):
         assert float(error) < 4 * torch.finfo(dtype).eps + 1e-5, error
 
 
-def command(*arguments: str) -> dict[str, object]:
-    done = subprocess.run([*arguments, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-versions = command(sys.executable, "-m", "bert_fused", "info")["versions"]
-assert versions["bert-fused"] == bert_fused.__version__
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    script = str(Path(sysconfig.get_path("scripts"), "bert-fused"))
-    assert command(script, "check", folder, "--seconds", "0", "--tokens", "9")["verified"] is True
-print(
-    json.dumps(
-        {
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "bert_fused": bert_fused.__version__,
-        }
-    )
-)
+    command = [sysconfig.get_path("scripts") + "/bert-fused", "check", folder, "--seconds=0", "--tokens=9", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verified"] is True
+versions = {module.__name__: module.__version__ for module in (torch, triton, transformers, bert_fused)}
+print(json.dumps(versions | {"python": sys.version.split()[0]}))

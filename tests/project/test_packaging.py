@@ -1,4 +1,4 @@
-"""The name ``kernels`` is Hugging Face's, the wheel is ours, and ``import bert_fused`` needs neither of its friends."""
+"""Hugging Face's package ``kernels`` stays importable, the wheel works, and ``import bert_fused`` needs only torch."""
 
 import json
 import os
@@ -17,19 +17,17 @@ import bert_fused
 ROOT = Path(__file__).parents[2]
 
 
-def python(code: str, *, path: Path | None = None, cwd: Path = ROOT) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if path is not None:
-        # Behind the working directory and ahead of site-packages, where an installed package would be found.
-        environment["PYTHONPATH"] = f"{cwd}{os.pathsep}{path}"
-    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+def run(command: list[str | Path], cwd: Path = ROOT, **variables: str) -> str:
+    """Run a command without the variables that the tests set, and return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
 
 
 @pytest.fixture
 def hugging_face_kernels(tmp_path: Path) -> Path:
-    """What transformers imports from a ``kernels`` package of the range it accepts."""
+    """A folder with a package ``kernels`` that transformers accepts as Hugging Face's."""
     package = tmp_path / "kernels"
     package.mkdir()
     names = "CUDAProperties Device KernelizeFallback LayerRepository LocalLayerRepository Mode ROCMProperties"
@@ -53,49 +51,39 @@ def test_kernels_has_no_package_file() -> None:
 
 
 def test_hugging_faces_kernels_package_is_found_from_the_root(hugging_face_kernels: Path) -> None:
-    out = python(
+    """With a package file of ours in the root's ``kernels`` the import of BertModel would fail."""
+    code = (
         "import kernels, transformers.utils\n"
         "assert transformers.utils.is_kernels_available(), 'the stand-in is not recognised'\n"
         "from transformers import BertModel\n"
         "import bert_fused\n"
         "bert_fused.FusedBertIntermediate\n"
-        "print(kernels.__file__)",
-        path=hugging_face_kernels,
+        "print(kernels.__file__)"
     )
+    # Behind the working directory and ahead of site-packages, where an installed package would be found.
+    out = run([sys.executable, "-c", code], PYTHONPATH=f"{ROOT}{os.pathsep}{hugging_face_kernels}")
     assert out == str(hugging_face_kernels / "kernels/__init__.py")
 
 
-def test_a_package_file_would_break_transformers(hugging_face_kernels: Path, tmp_path: Path) -> None:
-    """The danger is real: with an ``__init__.py`` in the working directory's ``kernels`` the import dies."""
-    root = tmp_path / "checkout"
-    (root / "kernels").mkdir(parents=True)
-    (root / "kernels/__init__.py").touch()
-    with pytest.raises(AssertionError, match="ImportError: cannot import name"):
-        python("from transformers import BertModel", path=hugging_face_kernels, cwd=root)
-
-
-@pytest.mark.parametrize("missing", ["transformers", "triton", "rich"])
-def test_import_without(missing: str) -> None:
-    out = python(
+@pytest.mark.parametrize("missing", [["transformers"], ["triton", "rich"]])
+def test_linear_act_needs_only_torch(missing: list[str]) -> None:
+    code = (
         f"import importlib.util, sys\n"
         f"find = importlib.util.find_spec\n"
-        f"importlib.util.find_spec = lambda name, *a: None if name == {missing!r} else find(name, *a)\n"
-        f"sys.modules[{missing!r}] = None\n"
+        f"importlib.util.find_spec = lambda name, *a: None if name in {missing} else find(name, *a)\n"
+        f"sys.modules.update(dict.fromkeys({missing}))\n"
         f"import torch, bert_fused\n"
         f"x = torch.ones(2, 4, requires_grad=True)\n"
         f"bert_fused.linear_act(x, torch.ones(3, 4)).sum().backward()\n"
-        f"print(x.grad is not None)\n"
+        f"print(x.grad is not None, [m for m in ('transformers', 'rich') if sys.modules.get(m)])\n"
         f"try:\n"
         f"    bert_fused.fuse(torch.nn.Linear(2, 2))\n"
         f"except ModuleNotFoundError as error:\n"
         f"    print(error)"
     )
     needs = "bert_fused.fuse needs transformers, which is not installed: pip install 'bert-fused[hf]'"
-    assert out.split("\n") == (["True", needs] if missing == "transformers" else ["True"])
-
-
-def test_import_is_light() -> None:
-    assert python("import sys, bert_fused; print([m for m in ('transformers', 'rich') if m in sys.modules])") == "[]"
+    said = run([sys.executable, "-c", code]).split("\n")
+    assert said == (["True []", needs] if missing == ["transformers"] else ["True []"])
 
 
 def test_kernels_import_nothing_above_them() -> None:
@@ -122,37 +110,20 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("sdist", tmp_path_factory.mktemp("sdist"))
 
 
-def clean_environment(folder: Path) -> Path:
-    """The Python of a new virtual environment, which finds in this one whatever it does not have itself.
-
-    It does not find this checkout, which an editable installation adds by a file of its own.
-    """
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "beside.pth").write_text(sysconfig.get_path("purelib"))
-    return folder / "bin" / "python"
-
-
-def install(python: Path, package: Path) -> None:
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-    done = subprocess.run([*command, "--no-build-isolation", str(package)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    python = clean_environment(tmp_path_factory.mktemp("installed"))
-    install(python, wheel)
+    """The Python of a new virtual environment with the wheel in it.
+
+    It finds everything else in this environment, but not this checkout, which an editable installation adds by a file
+    of its own.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    run([sys.executable, "-m", "venv", "--without-pip", folder])
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib"))
+    python = folder / "bin" / "python"
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel])
     return python
-
-
-def outside(python: Path, *arguments: str, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(python), *arguments], cwd=cwd, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_wheel_has_what_it_needs_and_no_kernels_of_its_own(wheel: Path) -> None:
@@ -192,14 +163,8 @@ def test_version_comes_from_one_place(wheel: Path, sdist: Path) -> None:
 
 
 def test_wheel_works_in_a_clean_environment(installed: Path, tmp_path: Path) -> None:
-    out = outside(installed, str(ROOT / "tests/project/smoke.py"), cwd=tmp_path)
+    out = run([installed, ROOT / "tests/project/smoke.py"], cwd=tmp_path, TRITON_INTERPRET="1")
     assert json.loads(out)["bert_fused"] == bert_fused.__version__
-
-
-def test_sdist_installs_in_a_clean_environment(sdist: Path, tmp_path: Path) -> None:
-    python = clean_environment(tmp_path / "venv")
-    install(python, sdist)
-    assert outside(python.parent / "bert-fused", "--version", cwd=tmp_path) == f"{bert_fused.__version__}\n"
 
 
 USER_PROGRAM = """
@@ -217,25 +182,20 @@ def speed_up(model: nn.Module, x: Tensor) -> str:
     pooled: Tensor = bert_fused.cls_pool(y, torch.ones(3, 3))
     bert_fused.unfuse(model)
     return f"{report} {verified.max_abs_error + verified.cosine} {names} {pooled} {FusedBertIntermediate}"
-"""
-MISTAKES = """
-import bert_fused
-report = bert_fused.fuse("model")
-wrong: int = report.fused
-bert_fused.fuse(report, cls_only="always")
-bert_fused.linear_act(1, 2)
+
+report = bert_fused.fuse("model")  # wrong
+number: int = report.fused  # wrong
+bert_fused.fuse(nn.Linear(1, 1), cls_only="always")  # wrong
+bert_fused.linear_act(1, 2)  # wrong
 """
 
 
 @pytest.mark.slow  # mypy reads all of torch
-def test_types_of_the_installed_package(installed: Path, tmp_path: Path) -> None:
-    """mypy --strict accepts a user's program, and finds mistakes in another one."""
-    (tmp_path / "good.py").write_text(USER_PROGRAM)
-    (tmp_path / "bad.py").write_text(MISTAKES)
+def test_mypy_finds_just_the_mistakes_of_a_users_program(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(USER_PROGRAM)
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed)]
-    command += ["--config-file", "", "--cache-dir", str(tmp_path / "cache")]
-    good = subprocess.run([*command, "good.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert good.returncode == 0, good.stdout
-    assert "Success" in good.stdout
-    bad = subprocess.run([*command, "bad.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert {int(line) for line in re.findall(r"^bad.py:(\d): error", bad.stdout, re.MULTILINE)} == {3, 4, 5, 6}
+    command += ["--config-file", "", "--cache-dir", str(tmp_path / "cache"), "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = {int(line) for line in re.findall(r"^program.py:(\d+): error", done.stdout, re.MULTILINE)}
+    wrong = {number for number, line in enumerate(USER_PROGRAM.split("\n"), 1) if line.endswith("# wrong")}
+    assert found == wrong, done.stdout
