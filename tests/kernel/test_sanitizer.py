@@ -1,7 +1,6 @@
-"""The sanitizer: silent on every kernel at random shapes and layouts, and loud about faults that were put there."""
+"""The sanitizer is loud about faults planted in the kernels, and silent without them."""
 
 import importlib.util
-import random
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +12,6 @@ import triton.language as tl
 from interpreter import Sanitizer, SanitizerError
 from interpreter import sanitized as sanitize
 from reference64 import (
-    ACTIVATIONS,
-    DTYPES,
-    LAYOUTS,
-    assert_forward,
-    dtype_name,
     generator,
     make_inputs,
     strided_vector,
@@ -25,80 +19,9 @@ from reference64 import (
 )
 
 from bert_fused.kernels import act_grad, act_pass, linear_act
-from bert_fused.kernels.act_grad import rows_per_program
 from bert_fused.kernels.configs import Config
-from bert_fused.kernels.runtime import INTERPRETER_SMS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-# ------------------------------------------------------------------------------------------------------- nothing to say
-
-# Variant of linear_act -> what its configuration has besides a random tile.
-LINEAR = {
-    "pointer": {"kernel": "pointer"},
-    "tma": {"kernel": "tma"},
-    "persistent": {"kernel": "tma", "persistent": (1, 2)},
-    "subtiles": {"kernel": "tma", "persistent": (1, 2), "block_n": 64, "subtiles": (2, 4)},
-    "library": {"kernel": "library"},
-}
-VARIANTS = (*LINEAR, "act_pass", "act_bwd")
-CASES_EACH = 30  # 210 in all
-
-
-def random_config(draw: random.Random, variant: str, dtype: torch.dtype) -> Config:
-    fields = {name: draw.choice(v) if isinstance(v, tuple) else v for name, v in LINEAR[variant].items()}
-    if variant == "library":
-        return Config("library", dtype_name(dtype))
-    tile = {name: draw.choice((16, 32)) for name in ("block_m", "block_n", "block_k")}
-    others = {"num_warps": 1, "num_stages": 1, "group_m": draw.choice((1, 2, 3, 8))}
-    return Config(**({"dtype": dtype_name(dtype)} | tile | others | fields))
-
-
-@pytest.mark.parametrize("case", range(CASES_EACH))
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_random_shapes_and_layouts(sanitized: Sanitizer, variant: str, case: int) -> None:
-    draw = random.Random(f"{variant} {case}")
-    dtype, activation = draw.choice(DTYPES), draw.choice(ACTIVATIONS)
-    if variant == "act_pass":
-        shape, activation = (draw.randint(1, 60), draw.randint(1, 70)), draw.choice(ACTIVATIONS[:-1])
-        preact = torch.randn(shape, generator=generator(case)).to(dtype)
-        act_pass.act_fwd(preact, activation, out=torch.empty_like(preact))
-        assert [launch.stored for launch in sanitized.launches] == [{"out_ptr": preact.numel()}]
-    elif variant == "act_bwd":
-        M, N, bias_grad = draw.randint(1, 300), draw.randint(1, 200), draw.random() < 0.7
-        d_out, saved = (torch.randn(M, N, generator=generator(case + i)).to(dtype) for i in range(2))
-        d_out, saved = (with_layout(tensor, draw.choice(LAYOUTS)) for tensor in (d_out, saved))
-        act_grad.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
-        sums = triton.cdiv(M, rows_per_program(M, N, INTERPRETER_SMS))
-        partial = {"partial_ptr": sums * N} if bias_grad else {}
-        assert [launch.stored for launch in sanitized.launches] == [{"d_preact_ptr": M * N} | partial]
-    else:
-        random_linear(sanitized, draw, random_config(draw, variant, dtype), dtype, activation)
-
-
-def random_linear(
-    sanitized: Sanitizer, draw: random.Random, config: Config, dtype: torch.dtype, activation: str
-) -> None:
-    M, N, K = draw.randint(1, 50), draw.randint(1, 70), draw.randint(1, 100)
-    layouts = LAYOUTS
-    if config.kernel == "tma":  # rows on 16-byte boundaries
-        N, K, layouts = 8 * draw.randint(1, 9), 8 * draw.randint(1, 12), ("contiguous", "row_slice", "cls")
-    save_preact = draw.random() < 0.5
-    i = make_inputs("unit", M, N, K, dtype, bias=draw.random() < 0.8, seed=draw.randint(0, 99))
-    x, weight = (with_layout(matrix, draw.choice(layouts)) for matrix in (i.x, i.weight))
-    bias = strided_vector(i.bias) if i.bias is not None and draw.random() < 0.5 else i.bias
-    out, _ = linear_act.linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)
-    if config.kernel == "library":
-        # The product is stored before the pass, which then works in place unless both are wanted.
-        expected = [{"out_ptr": M * N}] if save_preact else [{"preact_ptr": M * N, "out_ptr": M * N}]
-        if activation == "none" and not save_preact:
-            expected = []
-        assert [launch.stored for launch in sanitized.launches] == expected
-        return
-    assert_forward(out, x, weight, bias, activation)
-    stored = dict.fromkeys(["out_ptr", "preact_ptr"][: 1 + save_preact], M * N)
-    assert [launch.stored for launch in sanitized.launches] == [stored]
-
 
 # ----------------------------------------------------------------------------------------- faults in the kernels proper
 
