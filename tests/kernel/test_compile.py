@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.intermediate import matrix_instructions, right_instruction
-from benchmarks.machine_code import hides_bias
-from benchmarks.sass import (
+from benchmarks.static.machine_code import hides_bias
+from benchmarks.static.sass import (
     MODEL_SHAPES,
     RESIDENT_BLOCKS,
     broken_budgets,
@@ -40,12 +39,12 @@ def run_compiler(*arguments: str) -> str:
 
 
 def compile_kernels(*calls: str) -> list[dict[str, Any]]:
-    """``asm`` and ``inspect`` of expressions over benchmarks.ahead_of_time, in a process of their own."""
+    """``asm`` and ``inspect`` of expressions over benchmarks.static.compile, in a process of their own."""
     script = f"""
 import json
 from bert_fused.kernels.configs import Config
-from benchmarks.ahead_of_time import compile_grad, compile_linear, compile_pass
-from benchmarks.sass import inspect
+from benchmarks.static.compile import compile_grad, compile_linear, compile_pass
+from benchmarks.static.sass import inspect
 rows = []
 for compiled in ({", ".join(calls)},):
     asm = {{stage: compiled.asm[stage] for stage in ("ttir", "ptx")}}
@@ -111,7 +110,7 @@ def test_a_broken_budget_fails_the_command() -> None:
     """A tile too large for its registers, planted in the table."""
     planted = """
 import sys
-from benchmarks import sass
+from benchmarks.static import sass
 from bert_fused.kernels.configs import Config
 tile = Config("pointer", "float16", 128, 256, 64, num_warps=4, num_stages=3)
 sass.shipped_configs = lambda arch: [tile]
@@ -129,8 +128,7 @@ sys.exit(sass.main(["--arch", "80"]))
 GOOD_ROW = {"kernel": "linear_act_fwd", "arch": 90, "dtype": "bfloat16", "config": "tma 128x128x64 4 warps 3 stages"}
 GOOD_ROW |= {"activation": "gelu", "save_preact": False, "spills": 0, "shared_bytes": 98328, "products": 8}
 GOOD_ROW |= {"ctas_per_sm": 2, "intended_ctas": 2, "epilogue_per_element": 11.6, "matrix": "wgmma", "row_variants": 3}
-GOOD_ROW |= {"right_matrix": "wgmma", "narrow_offsets": [], "wide_products": 3, "least_wide_products": 3}
-GOOD_ROW |= {"approximate_tanh": False, "serialized": False, "waits": 1, "ptxas": []}
+GOOD_ROW |= {"right_matrix": "wgmma", "approximate_tanh": False, "serialized": False, "waits": 1, "ptxas": []}
 GOOD_ROW |= {"order": "load bias, load tile, multiply, use bias"}
 BACKWARD = {"kernel": "act_bwd", "config": "", "epilogue_per_element": None, "matrix": ""}
 LATE_TILE = "load bias, use bias, load tile, multiply"
@@ -155,8 +153,6 @@ C7515 = "(C7515) Potential Performance Loss: wgmma.mma_async instructions are se
         ({"ctas_per_sm": 1}, "1 blocks per SM instead of 2"),
         ({"matrix": "mma, wgmma"}, "tiles are multiplied by mma, wgmma instead of wgmma"),
         ({"matrix": ""}, "tiles are multiplied by nothing instead of wgmma"),
-        ({"narrow_offsets": ["N times tt.get_program_id"]}, "32-bit offsets: N times tt.get_program_id"),
-        ({"wide_products": 2}, "2 products in 64 bits instead of 3"),
         ({"row_variants": 4}, "4 variants over the number of rows instead of 3"),
         ({"approximate_tanh": True}, "tanh.approx"),
         ({"error": "PassManager: failed"}, "does not compile: PassManager: failed"),
@@ -280,70 +276,3 @@ def test_row_offsets_have_64_bits() -> None:
     types = multiplications(backward["ttir"])
     assert types.count("tensor<16x1xi64>") == 2, "rows of d_out and of the contiguous tensors"
     assert not [t for t in types if t.endswith("xi32>")]
-
-
-PLANTED_OFFSETS = """
-import triton
-import triton.language as tl
-
-
-@triton.jit
-def kernel(x_ptr, out_ptr, N, stride_xm, KIND: tl.constexpr):
-    first = tl.program_id(0) * 16
-    inside = tl.arange(0, 16)[:, None]
-    rows = first + inside
-    cols = tl.arange(0, 16)[None, :]
-    wide_rows = rows.to(tl.int64) * stride_xm
-    base = first.to(tl.int64) * N
-    if KIND == "stride":
-        wide_rows = rows * stride_xm
-    elif KIND == "inside stride":
-        wide_rows = inside * stride_xm
-    elif KIND == "size":
-        base = first * N
-    elif KIND == "row":
-        wide_rows = rows * 4096
-    tl.store(out_ptr + base + inside * N + cols, tl.load(x_ptr + wide_rows + cols))
-"""
-
-PLANTED_SCRIPT = """
-import json
-import planted
-from benchmarks import ahead_of_time
-from benchmarks.intermediate import narrow_offsets, wide_products
-found = {}
-for kind in ("good", "stride", "inside stride", "size", "row"):
-    ttir = ahead_of_time.compile_kernel(planted.kernel, "float16", 80, {"KIND": kind}, {}).asm["ttir"]
-    found[kind] = [narrow_offsets(ttir), wide_products(ttir)]
-print(json.dumps(found))
-"""
-
-
-def test_narrow_offsets_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And rows inside a tile, which N is limited for, are let pass."""
-    (tmp_path / "planted.py").write_text(PLANTED_OFFSETS)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
-    assert json.loads(run_compiler("-c", PLANTED_SCRIPT)) == {
-        "good": [[], 2],
-        "stride": [["arith.addi times stride_xm"], 1],
-        "inside stride": [["stride_xm times tt.make_range"], 1],
-        "size": [["N times arith.muli"], 1],
-        "row": [["arith.addi times arith.constant"], 1],
-    }
-
-
-def test_matrix_instructions_are_told_apart() -> None:
-    ptx = """
-    wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, p, 1, 1, 0, 0;
-    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, p, 1, 1, 0, 0;
-    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4};
-    mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1}, {%r2}, {%r3}, {%r4};
-    @p tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, p;
-    """
-    assert matrix_instructions(ptx) == sorted(
-        ["mma.f16.f16.f16.f16", "mma.f32.f16.f16.f32", "tcgen05.mma.kind::f16", "wgmma.mma_async.f32.bf16.bf16"]
-    )
-    assert right_instruction(90, "bfloat16", 64) == "wgmma.mma_async.f32.bf16.bf16"
-    assert right_instruction(90, "float16", 32) == right_instruction(80, "float16", 128) == "mma.f32.f16.f16.f32"
-    assert right_instruction(100, "tf32", 128) == "tcgen05.mma.kind::tf32"
-    assert right_instruction(120, "tf32", 128) == "mma.f32.tf32.tf32.f32"
