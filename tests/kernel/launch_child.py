@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 if __name__ == "__main__":
-    from benchmarks import stub_driver
+    from benchmarks.static import stub_driver
 
     STUB = stub_driver.install()
 
@@ -29,7 +29,7 @@ import triton.language as tl
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks import stub_driver
+from benchmarks.static import stub_driver
 from bert_fused import linear_act, reference
 from bert_fused.kernels import act_pass, replay
 from bert_fused.kernels import launch as launching

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine_code import hides_bias
-from benchmarks.sass import (
+from benchmarks.static.machine_code import hides_bias
+from benchmarks.static.sass import (
     MODEL_SHAPES,
     RESIDENT_BLOCKS,
     broken_budgets,
@@ -39,15 +39,18 @@ def run_python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 # ------------------------------------------------------------------------------------------------------ configurations
 
-# ``python -m benchmarks sass`` with a part of the configurations.
+# ``python -m benchmarks sass`` with something replaced.
 SASS = """
 import sys
-from benchmarks import sass
+from benchmarks.static import sass
 from bert_fused.kernels.configs import Config
 {}
 sys.exit(sass.main(sys.argv[1:]))
 """
-WITHOUT_OFFERED, WITHOUT_SHIPPED = "sass.offered_configs = lambda arch: {}", "sass.shipped_configs = lambda arch: []"
+SHIPPED_WITH_GELU = """
+sass.offered_configs = lambda arch: {}
+sass.activations_to_check = lambda dtype: ("gelu",)
+"""
 
 
 def within_budget(arch: int, planted: str, folder: Path) -> list[dict[str, Any]]:
@@ -71,22 +74,17 @@ def named(configs: Iterable[Config]) -> set[tuple[str, str]]:
     return {(config.dtype, str(config)) for config in configs}
 
 
-# One test an architecture: workers share them, and each is compiled once. Those that have no table are for CI.
-@pytest.mark.parametrize("arch", [80, 89, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 100, 120))])
-def test_shipped_configurations_are_within_their_budgets(arch: int, tmp_path: Path) -> None:
-    """Each activation of what lookup can return, with and without preact, and for one row where it serves that."""
-    rows = within_budget(arch, WITHOUT_OFFERED, tmp_path)
+def check_shipped(rows: list[dict[str, Any]], arch: int) -> None:
+    """Each configuration that lookup can return has its rows, which hide the wait for the bias."""
     kinds: dict[tuple[str, str], set[tuple[int, bool]]] = {}
     for row in rows:
         kinds.setdefault((row["dtype"], row["config"]), set()).add((row["rows"], row["save_preact"]))
-        if (row["activation"], row["save_preact"]) == ("gelu", False):
+        if not row["save_preact"]:
             assert row["products"] > 0, row
             assert row["epilogue_per_element"] > 0, row
             assert hides_bias(row["order"]), row
     assert kinds.keys() == named(shipped_configs(arch))
-    assert RESIDENT_BLOCKS.keys() & {(arch, row["config"]) for row in rows} == {
-        k for k in RESIDENT_BLOCKS if k[0] == arch
-    }
+    assert {config for of, config in RESIDENT_BLOCKS if of == arch} <= {row["config"] for row in rows}
     assert all(found >= {(17, True), (16, False)} for found in kinds.values())
     of_one_row = {
         get_config(1, *shape, dtype, arch, aligned=True)
@@ -96,27 +94,32 @@ def test_shipped_configurations_are_within_their_budgets(arch: int, tmp_path: Pa
     assert {key for key, found in kinds.items() if (1, True) in found} == named(of_one_row)
 
 
+# One test an architecture: workers share them, and each is compiled once.
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_shipped_configurations_are_within_their_budgets_for_gelu(arch: int, tmp_path: Path) -> None:
+    check_shipped(within_budget(arch, SHIPPED_WITH_GELU, tmp_path), arch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-def test_offered_configurations_are_within_their_budgets(arch: int, tmp_path: Path) -> None:
-    """What the tuner would time."""
-    rows = within_budget(arch, WITHOUT_SHIPPED, tmp_path)
-    assert {(row["dtype"], row["config"]) for row in rows} == named(offered_configs(arch))
-    assert any("persistent" in row["config"] for row in rows) == (90 <= arch < 120)
+def test_configurations_shipped_or_offered_are_within_their_budgets(arch: int, tmp_path: Path) -> None:
+    """Offered is what the tuner would time. Shipped ones are compiled for every activation to check."""
+    rows = within_budget(arch, "", tmp_path)
+    shipped, offered = ([row for row in rows if bool(row.get("offered")) == kind] for kind in (False, True))
+    check_shipped(shipped, arch)
+    assert {row["activation"] for row in shipped} == {"gelu", "tanh", "gelu_tanh"}
+    assert {(row["dtype"], row["config"]) for row in rows} == named((*shipped_configs(arch), *offered_configs(arch)))
+    assert any("persistent" in row["config"] for row in offered) == (90 <= arch < 120)
 
 
 def test_a_broken_budget_fails_the_command() -> None:
     """A tile too large for its registers, planted in the table."""
-    planted = (
-        """
+    planted = """
 tile = Config("pointer", "float16", 128, 256, 64, num_warps=4, num_stages=3)
 sass.shipped_configs = lambda arch: [tile]
 sass.shapes_served = lambda config, arch: [(4096, 3072, 768)]
-sass.activations_to_check = lambda dtype: ("gelu",)
 """
-        + WITHOUT_OFFERED
-    )
-    done = run_python(SASS.format(planted), "--arch", "80")
+    done = run_python(SASS.format(SHIPPED_WITH_GELU + planted), "--arch", "80")
     assert done.returncode == 1, done.stderr
     assert re.search(
         r"budget broken: linear_act_fwd 80 float16 pointer 128x256x64 .* gelu: [1-9]\d\d+ bytes spilled", done.stderr
@@ -132,8 +135,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 GOOD_ROW = {"kernel": "linear_act_fwd", "arch": 90, "dtype": "bfloat16", "config": "tma 128x128x64 4 warps 3 stages"}
 GOOD_ROW |= {"activation": "gelu", "save_preact": False, "spills": 0, "shared_bytes": 98328, "products": 8}
 GOOD_ROW |= {"ctas_per_sm": 2, "intended_ctas": 2, "epilogue_per_element": 11.6, "matrix": "wgmma", "row_variants": 3}
-GOOD_ROW |= {"right_matrix": "wgmma", "narrow_offsets": [], "wide_products": 3, "least_wide_products": 3}
-GOOD_ROW |= {"approximate_tanh": False, "serialized": False, "waits": 1, "ptxas": []}
+GOOD_ROW |= {"right_matrix": "wgmma", "approximate_tanh": False, "serialized": False, "waits": 1, "ptxas": []}
 GOOD_ROW |= {"order": "load bias, load tile, multiply, use bias"}
 BACKWARD = {"kernel": "act_bwd", "config": "", "epilogue_per_element": None, "matrix": ""}
 LATE_TILE = "load bias, use bias, load tile, multiply"
@@ -158,8 +160,6 @@ C7515 = "(C7515) Potential Performance Loss: wgmma.mma_async instructions are se
         ({"ctas_per_sm": 1}, "1 blocks per SM instead of 2"),
         ({"matrix": "mma, wgmma"}, "tiles are multiplied by mma, wgmma instead of wgmma"),
         ({"matrix": ""}, "tiles are multiplied by nothing instead of wgmma"),
-        ({"narrow_offsets": ["N times tt.get_program_id"]}, "32-bit offsets: N times tt.get_program_id"),
-        ({"wide_products": 2}, "2 products in 64 bits instead of 3"),
         ({"row_variants": 4}, "4 variants over the number of rows instead of 3"),
         ({"approximate_tanh": True}, "tanh.approx"),
         ({"error": "PassManager: failed"}, "does not compile: PassManager: failed"),
@@ -231,8 +231,8 @@ def compiled() -> dict[str, dict[str, str]]:
     done = run_python(f"""
 import json
 from bert_fused.kernels.configs import Config
-from benchmarks.ahead_of_time import compile_grad, compile_linear, compile_pass
-from benchmarks.sass import inspect
+from benchmarks.static.compile import compile_grad, compile_linear, compile_pass
+from benchmarks.static.machine_code import inspect
 rows = {{}}
 for name, kernel in {{{expressions}}}.items():
     rows[name] = {{stage: kernel.asm[stage] for stage in ("ttir", "ptx")}}

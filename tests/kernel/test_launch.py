@@ -16,7 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from benchmarks import stub_driver
+from benchmarks.static import stub_driver
 from bert_fused import linear_act, ops, reference
 from bert_fused.kernels import replay
 from bert_fused.kernels.configs import default_config
