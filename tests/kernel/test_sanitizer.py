@@ -63,7 +63,7 @@ ONCE = r"elements of \w+, \d+ were never written and \d+ more than once"
 # The report also names the nearest tensor, which depends on where the allocator put them.
 READS, WRITES = r"reads \d+ elements of .* outside", r"writes \d+ elements of .* outside"
 
-# Name -> call, what is replaced in the source, by what, and the report.
+# Name -> call, what is replaced in the source, by what, and the report. tests/mutants plants others.
 FAULTS = {
     "store: no mask of rows": (
         "pointer",
@@ -77,17 +77,9 @@ FAULTS = {
         "mask = (start_m + rows < M) & (cols >= 0)",
         WRITES + "|" + ONCE,
     ),
-    "store: rows one too many": ("pointer", "(start_m + rows < M)", "(start_m + rows <= M)", WRITES),
-    "store: columns one too many": ("pointer", "(start_n + cols < N)", "(start_n + cols <= N)", WRITES + "|" + ONCE),
     "store: columns one too few": ("pointer", "(start_n + cols < N)", "(start_n + cols < N - 1)", ONCE),
     "store: wrong row of a tile": ("pointer", "base = start_m.to(tl.int64) * N", "base = start_m * (N + 1)", WRITES),
     "store: wrong stride": ("pointer", "offs = rows * N + cols", "offs = rows * (N + 1) + cols", WRITES + "|" + ONCE),
-    "x: rows not clamped": (
-        "pointer",
-        "rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1)",
-        "rows = (start_m + tl.arange(0, BLOCK_M))",
-        READS,
-    ),
     "x: rows clamped one too far": ("pointer", "tl.arange(0, BLOCK_M), M - 1)", "tl.arange(0, BLOCK_M), M)", READS),
     "W: rows not clamped": (
         "pointer",
@@ -96,42 +88,21 @@ FAULTS = {
         READS,
     ),
     "x: no mask of K": ("pointer", "tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)", "tl.load(x_ptrs)", READS),
-    "W: no mask of K": ("pointer", "tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)", "tl.load(w_ptrs)", READS),
-    "K: one too many": ("pointer", "offs_k < K - k", "offs_k <= K - k", READS),
-    "K: taken for even": ("pointer", "EVEN_K=K % config.block_k == 0", "EVEN_K=True", READS),
     "K: a step too many": ("even K", "x = tl.load(x_ptrs)", "x = tl.load(x_ptrs + BLOCK_K)", READS),
     "x: steps along rows": ("even K", "tl.cast(stride_xk,", "tl.cast(stride_xm,", READS),
     "W: steps along rows": ("even K", "tl.cast(stride_wk,", "tl.cast(stride_wn,", READS),
-    "x: strides swapped": (
-        "pointer",
-        "rows.stride(0),\n        rows.stride(1)",
-        "rows.stride(1),\n        rows.stride(0)",
-        READS,
-    ),
     "W: strides swapped": (
         "more K than N",
         "weight.stride(0),\n        weight.stride(1)",
         "weight.stride(1),\n        weight.stride(0)",
         READS,
     ),
-    "bias: no mask": ("pointer", "mask=offs_n < N, other=0.0)", "mask=offs_n >= 0, other=0.0)", READS),
-    "bias: taken for contiguous": ("pointer", "bias.contiguous() if", "bias if", READS),
     "grid: one too few": ("wide groups", "(num_blocks,)", "(num_blocks - 1,)", ONCE),
-    "tiles: groups of another size": ("wide groups", "// group_size_m", "// GROUP_M", ONCE),
     "tma: rows for columns": ("tma", "out_ptr.store([start_m, start_n]", "out_ptr.store([start_n, start_m]", ONCE),
     "persistent: every block does all": ("persistent", "tl.num_programs(0)\n", "1\n", ONCE),
-    "persistent: the last tile is left": (
-        "persistent",
-        "tl.program_id(0), num_tiles, tl",
-        "tl.program_id(0), num_tiles - 1, tl",
-        ONCE,
-    ),
-    "subtiles: the left one twice": ("subtiles", "middle = start_n + BLOCK_N // 2", "middle = start_n", ONCE),
-    "pass: no mask": ("pass", "mask = offs < numel", "mask = offs >= 0", READS),
     "pass: one too many": ("pass", "mask = offs < numel", "mask = offs <= numel", READS),
     "pass: one too few": ("pass", "mask = offs < numel", "mask = offs < numel - 1", ONCE),
     "grad: no mask of columns": ("grad", "& mask_n[None, :]", "& (offs_n >= 0)[None, :]", READS),
-    "grad: no mask of rows": ("grad", "(offs_m < M)[:, None]", "(offs_m >= 0)[:, None]", READS),
     "grad: strides swapped": (
         "grad",
         "d_out.stride(0),\n            d_out.stride(1)",
@@ -144,7 +115,6 @@ FAULTS = {
         "offs += N * (BLOCK_M + 1)",
         READS,
     ),
-    "grad: saved taken for contiguous": ("grad", "saved = saved.contiguous()", "pass", READS),
     "grad: sums without mask": (
         "grad",
         "tl.sum(total, axis=0), mask=mask_n)",
@@ -180,7 +150,7 @@ def rewritten(call: str, old: str, new: str, folder: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_reported(fault: str, tmp_path: Path) -> None:
+def test_a_fault_planted_in_a_kernel_is_reported(fault: str, tmp_path: Path) -> None:
     call, old, new, report = FAULTS[fault]
     module = rewritten(call, old, new, tmp_path)
     with sanitize(), pytest.raises(SanitizerError, match=report):
@@ -188,7 +158,7 @@ def test_planted_faults_are_reported(fault: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_without_a_fault_there_is_no_report(call: str, sanitized: Sanitizer) -> None:
+def test_a_kernel_without_a_fault_is_not_reported(call: str, sanitized: Sanitizer) -> None:
     CALLS[call](MODULES.get(call, linear_act))
     assert len(sanitized.launches) == 1
 
@@ -226,7 +196,9 @@ def atomic_kernel(dst_ptr, BLOCK: tl.constexpr):
     ids=["read past the end", "read before the start", "write past the end", "unwritten", "written twice"],
 )
 @pytest.mark.parametrize("view", ["rows", "middle of a row"])
-def test_strays_are_reported(view: str, first: int, reads: int, writes: int, programs: int, message: str) -> None:
+def test_a_stray_element_is_reported(
+    view: str, first: int, reads: int, writes: int, programs: int, message: str
+) -> None:
     """Also where the stray element lies inside the memory of the same tensor's base."""
     pad = 0 if view == "rows" else 3
     src, dst = (torch.zeros(4 + 2 * pad)[pad : 4 + pad] for _ in range(2))
@@ -234,7 +206,7 @@ def test_strays_are_reported(view: str, first: int, reads: int, writes: int, pro
         planted_kernel[(programs,)](src, dst, first, reads, writes, 8)
 
 
-def test_row_padding_is_outside() -> None:
+def test_row_padding_is_outside_the_tensor() -> None:
     src, dst = torch.zeros(2, 6)[:, :4], torch.zeros(8)
     with sanitize(), pytest.raises(SanitizerError, match="reads 2 elements"):
         unmasked_kernel[(1,)](src, dst, 8)

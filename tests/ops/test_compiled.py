@@ -59,7 +59,7 @@ def test_dynamo_is_kept_from_eager_modes_questions(monkeypatch) -> None:
     torch.testing.assert_close(compiled(x, weight, bias), reference.linear_act(x, weight, bias, "gelu"))
 
 
-def test_compiled_training_step(launches) -> None:
+def test_a_compiled_training_step_has_eagers_gradients(launches) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(linear_act, fullgraph=True, backend=counter)
     for rows in ((6,), (2, 3)):
@@ -73,7 +73,7 @@ def test_compiled_training_step(launches) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_double_backward_of_a_traced_operator(recompute) -> None:
+def test_double_backward_of_a_traced_operator_matches_eager(recompute) -> None:
     """Dynamo's graph holds the operator, and its gradient in turn has one."""
     traced = torch.compile(lambda *a: linear_act(*a, recompute_preact=recompute), backend="eager", fullgraph=True)
 
@@ -97,7 +97,7 @@ def test_export_takes_the_aten_path(strict) -> None:
     torch.testing.assert_close(program.module()(*tensors(6)), reference.linear_act(*tensors(6), "gelu"))
 
 
-def test_compiled_transforms() -> None:
+def test_compiled_transforms_match_the_reference() -> None:
     x, weight, bias = tensors(3)
     cases = [
         lambda f: lambda t: torch.func.jvp(lambda u: f(u, weight, bias, "gelu"), (t,), (torch.ones_like(t),))[1],
