@@ -47,9 +47,14 @@ from bert_fused.kernels.configs import Config
 {}
 sys.exit(sass.main(sys.argv[1:]))
 """
-SHIPPED_WITH_GELU = """
+# Without what takes long: disassembling, but for what has a budget of instructions, and all but shipped GELUs.
+SHORT = """
 sass.offered_configs = lambda arch: {}
 sass.activations_to_check = lambda dtype: ("gelu",)
+linear_row = sass.linear_row
+def short_row(config, arch, *variant, code):
+    return linear_row(config, arch, *variant, code=code and (arch, str(config)) == sass.EPILOGUE_BUDGET_CONFIG)
+sass.linear_row = short_row
 """
 
 
@@ -75,11 +80,11 @@ def named(configs: Iterable[Config]) -> set[tuple[str, str]]:
 
 
 def check_shipped(rows: list[dict[str, Any]], arch: int) -> None:
-    """Each configuration that lookup can return has its rows, which hide the wait for the bias."""
+    """Each configuration that lookup can return has its rows; those disassembled hide the wait for the bias."""
     kinds: dict[tuple[str, str], set[tuple[int, bool]]] = {}
     for row in rows:
         kinds.setdefault((row["dtype"], row["config"]), set()).add((row["rows"], row["save_preact"]))
-        if not row["save_preact"]:
+        if not row["save_preact"] and "order" in row:
             assert row["products"] > 0, row
             assert row["epilogue_per_element"] > 0, row
             assert hides_bias(row["order"]), row
@@ -97,7 +102,7 @@ def check_shipped(rows: list[dict[str, Any]], arch: int) -> None:
 # One test an architecture: workers share them, and each is compiled once.
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_shipped_configurations_are_within_their_budgets_for_gelu(arch: int, tmp_path: Path) -> None:
-    check_shipped(within_budget(arch, SHIPPED_WITH_GELU, tmp_path), arch)
+    check_shipped(within_budget(arch, SHORT, tmp_path), arch)
 
 
 @pytest.mark.slow
@@ -107,6 +112,7 @@ def test_configurations_shipped_or_offered_are_within_their_budgets(arch: int, t
     rows = within_budget(arch, "", tmp_path)
     shipped, offered = ([row for row in rows if bool(row.get("offered")) == kind] for kind in (False, True))
     check_shipped(shipped, arch)
+    assert all("order" in row for row in shipped if not row["save_preact"])
     assert {row["activation"] for row in shipped} == {"gelu", "tanh", "gelu_tanh"}
     assert {(row["dtype"], row["config"]) for row in rows} == named((*shipped_configs(arch), *offered_configs(arch)))
     assert any("persistent" in row["config"] for row in offered) == (90 <= arch < 120)
@@ -119,7 +125,7 @@ tile = Config("pointer", "float16", 128, 256, 64, num_warps=4, num_stages=3)
 sass.shipped_configs = lambda arch: [tile]
 sass.shapes_served = lambda config, arch: [(4096, 3072, 768)]
 """
-    done = run_python(SASS.format(SHIPPED_WITH_GELU + planted), "--arch", "80")
+    done = run_python(SASS.format(SHORT + planted), "--arch", "80")
     assert done.returncode == 1, done.stderr
     assert re.search(
         r"budget broken: linear_act_fwd 80 float16 pointer 128x256x64 .* gelu: [1-9]\d\d+ bytes spilled", done.stderr
