@@ -114,7 +114,7 @@ def test_compiled_transforms_match_the_reference() -> None:
         assert torch.autograd.forward_ad.unpack_dual(compiled(dual)).tangent is not None
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_gradients_have_the_same_bits_and_recompute_keeps_no_preact(backend) -> None:
     """The partitioner must not move the second product into the forward, to keep its result."""
     inputs = tensors(5, grad=True)
