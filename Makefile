@@ -11,11 +11,12 @@ demo: $(VENV)/.demo
 	$(PY) -m bert_fused demo $(ARGS)
 
 test: $(VENV)/.test
-	$(PYTEST) -n auto --maxprocesses 4 -m "not alone" $(ARGS)
-	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5  # 5: ARGS selects none of them
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
+# 5 is pytest's status where ARGS selects nothing.
 test-all: test $(VENV)/.dev $(VENV)/.examples
-	$(PYTEST) -n auto --maxprocesses 4 -m slow $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadgroup -m "slow and not alone" $(ARGS) || test $$? -eq 5
+	$(PYTEST) -m alone $(ARGS) || test $$? -eq 5
 
 # The wheel in clean environments of some 5 GB each, kept in .release/.
 test-release: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""What is measured, in order of rank: a budget is spent on the first cases first."""
+"""The cases that are measured, in order of rank: a budget is spent on the first ones first."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from bert_fused.tune.shapes import MODELS
+
 SUITES = ("modules", "pooler", "models", "training")
 RIVALS = ("standard", "max-autotune")
 
-# K and N of BertIntermediate; the pooler's N is its K.
-MODELS = {"BERT-base": (768, 3072), "MiniLM": (384, 1536), "BERT-large": (1024, 4096)}
-
+NAMES = ("BERT-base", "MiniLM", "BERT-large")
 HEADLINE_ROWS = (8192, 512, 2048, 32, 32768)
 OTHER_ROWS = (128, 1, 4096, 16384, 8, 77, 1000, 5003)
 BATCHES = (32, 1, 128, 1024, 2, 4, 8, 16, 64, 256, 512)
@@ -24,8 +24,8 @@ MODEL_SHAPES += ((32, 512, False),)
 TRITONBENCH = tuple((8192, 4 * K, K) for K in (1024, 2048, 4096, 8192))
 
 
-# Lengths of a ragged batch are log-normal, cut off at the longest: medians for a fill of about 0.5, of 0.2 and 0.9, and
-# one that cuts off all, which leaves a mask that keeps every token.
+# Lengths of a ragged batch are log-normal and cut off at the longest. The medians give fills of about 0.5, 0.2 and 0.9;
+# the last one cuts off every length, so that the mask keeps every token.
 RAGGED_MEDIAN, OTHER_MEDIANS, CUT_OFF = 0.35, (0.15, 1.8), 100.0
 
 
@@ -33,10 +33,10 @@ RAGGED_MEDIAN, OTHER_MEDIANS, CUT_OFF = 0.35, (0.15, 1.8), 100.0
 class Case:
     """One line of the report. ``M``, ``N`` and ``K`` are those of ``[M, K] @ [N, K].T``.
 
-    model: whose shape it is. activation: of the module, as ``linear_act`` names it. dtype: a torch dtype, or "tf32" for
-    float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences of a model's
-    batch differ in length. median: of those lengths, as a share of the longest; which fill comes of it, a record says.
-    head: the model is a sequence classifier, such as a cross-encoder, and its logits are the output.
+    model: the model with this shape. activation: the module's, as ``linear_act`` names it. dtype: a torch dtype, or
+    "tf32" for float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences
+    of a model's batch differ in length. median: of those lengths, as a share of the longest; a record has the fill that
+    results. head: the model is a sequence classifier, such as a cross-encoder, and its logits are the output.
     rivals: "standard", or "max-autotune" for the few cases that can afford to compile it.
     """
 
@@ -59,7 +59,7 @@ class Case:
 
 
 def describe(case: dict[str, Any]) -> str:
-    """One line for a case as a record holds it."""
+    """Describe a case, as a record holds it, in one line."""
     shape = f"M={case['M']} K={case['K']} N={case['N']}"
     if case["batch"] is not None:
         shape = f"B={case['batch']} S={case['sequence']}" + (_lengths(case) if case["ragged"] else "")
@@ -74,7 +74,7 @@ def _lengths(case: dict[str, Any]) -> str:
 
 
 def cases(suites: tuple[str, ...], device: str, quick: bool) -> list[Case]:
-    """The cases of some suites, each once, most important first."""
+    """Return the cases of some suites, each once, most important first."""
     ranked = _on_cpu(quick) if device == "cpu" else _quick() if quick else _on_gpu()
     return [case for case in dict.fromkeys(ranked) if case.suite in suites]
 
@@ -95,11 +95,11 @@ def _model(model: str, batch: int, sequence: int, ragged: bool = False, dtype: s
 
 
 def _on_gpu() -> Iterator[Case]:
-    for M, model in product(HEADLINE_ROWS, MODELS):
+    for M, model in product(HEADLINE_ROWS, NAMES):
         yield _module(model, M)
-    for model in MODELS:
+    for model in NAMES:
         yield _pooler(model, 32)
-    for model in MODELS:
+    for model in NAMES:
         yield _model(model, 32, 128)
     # One of each kind before a second of any: eight minutes may end among these.
     yield _module("BERT-base", 8192, suite="training")
@@ -107,34 +107,34 @@ def _on_gpu() -> Iterator[Case]:
     yield dataclasses.replace(_model("MiniLM", 32, 512, ragged=True), head=True)  # as a cross-encoder reranks
     for shape in RAGGED_SHAPES:
         yield _model("BERT-base", *shape)
-    for M, model in product((8192, 512, 2048, 32768), MODELS):
+    for M, model in product((8192, 512, 2048, 32768), NAMES):
         yield _module(model, M, suite="training")
-    for shape, model in product(MODEL_SHAPES, MODELS):
+    for shape, model in product(MODEL_SHAPES, NAMES):
         yield _model(model, *shape)
-    for median, model in product(OTHER_MEDIANS, MODELS):
+    for median, model in product(OTHER_MEDIANS, NAMES):
         yield dataclasses.replace(_model(model, 32, 128, True), median=median)
-    for median, model in product((RAGGED_MEDIAN, CUT_OFF), MODELS):
+    for median, model in product((RAGGED_MEDIAN, CUT_OFF), NAMES):
         yield dataclasses.replace(_model(model, 32, 128, True), median=median, head=True)
-    for shape, model in product(RAGGED_SHAPES[1:], MODELS):
+    for shape, model in product(RAGGED_SHAPES[1:], NAMES):
         yield dataclasses.replace(_model(model, *shape), head=True)
-    for M, model in product(OTHER_ROWS, MODELS):
+    for M, model in product(OTHER_ROWS, NAMES):
         yield _module(model, M)
-    for sequence, batch, model in product((128, 512), BATCHES, MODELS):
+    for sequence, batch, model in product((128, 512), BATCHES, NAMES):
         yield _pooler(model, batch, sequence)
     for M, N, K in TRITONBENCH:
         yield Case("modules", "tritonbench", "bfloat16", "gelu", M, N, K)
-    for dtype, shape, model in product(("float16",), MODEL_SHAPES, MODELS):
+    for dtype, shape, model in product(("float16",), MODEL_SHAPES, NAMES):
         yield _model(model, *shape, dtype=dtype)
     # From here on whatever time is left: every dtype and activation, in both directions.
     rows = HEADLINE_ROWS + OTHER_ROWS
     for suite, dtype, activation, M, model in product(
-        ("modules", "training"), ("bfloat16", "float16", "tf32", "float32"), ("gelu", "gelu_tanh", "relu"), rows, MODELS
+        ("modules", "training"), ("bfloat16", "float16", "tf32", "float32"), ("gelu", "gelu_tanh", "relu"), rows, NAMES
     ):
         yield _module(model, M, dtype, activation, suite)
-    for dtype, sequence, batch, model in product(("float16", "tf32", "float32"), (128, 512), BATCHES, MODELS):
+    for dtype, sequence, batch, model in product(("float16", "tf32", "float32"), (128, 512), BATCHES, NAMES):
         yield _pooler(model, batch, sequence, dtype)
     # Minutes each, so that nothing may wait for them: --rivals max-autotune measures them alone.
-    costly = [_module(model, 8192) for model in MODELS] + [_module("BERT-base", 512), _pooler("BERT-base", 32)]
+    costly = [_module(model, 8192) for model in NAMES] + [_module("BERT-base", 512), _pooler("BERT-base", 32)]
     for case in (*costly, _model("BERT-base", 32, 128)):
         yield dataclasses.replace(case, rivals="max-autotune")
 

@@ -1,4 +1,4 @@
-"""The suites modules, pooler and training: one linear layer and its activation, and everyone who computes it."""
+"""The suites modules, pooler and training: one linear layer and its activation, ours and every rival's."""
 
 import functools
 import importlib.util
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bert_fused
 from benchmarks.cases import Case
-from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
+from benchmarks.measure import Implementation, Inputs, Problem, each, graphed, rms_error
 from bert_fused import reference
 from bert_fused.fallback import device_reason
 from bert_fused.kernels.lookup import get_config
@@ -41,18 +41,18 @@ def problem(case: Case, device: str) -> Problem:
 
 
 def min_calls(device: str) -> int:
-    """On a CPU samples shorter than the scheduler's slices: another process spoils some, not all of them a little."""
+    """Return few calls a sample for a CPU: a sample within a time slice is spoiled by another process or not at all."""
     return MIN_CALLS if device == "cuda" else 4
 
 
 def make_inputs(case: Case, device: str) -> list[Inputs]:
-    """Sets of x, weight and bias, and for training of the output's gradient: random, with weights as BERT's."""
+    """Return sets of x, weight, bias and, for training, the output's gradient: random, weights of BERT's scale."""
     dtype = torch_dtype(case)
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         values = scale * torch.randn(shape, device=device, generator=g)
-        # TF32 holds what bfloat16 holds: its products are exact then, and fp32's bound can judge them.
+        # TF32 represents bfloat16 numbers exactly, so its products are exact and fp32's bound can judge them.
         return (values.bfloat16() if case.dtype == "tf32" else values).to(dtype)
 
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
@@ -69,7 +69,7 @@ def make_inputs(case: Case, device: str) -> list[Inputs]:
 
 
 def rivals(case: Case, device: str) -> list[Implementation]:
-    """Functions of x, weight and bias. "eager again" is eager's copy: their ratio is the noise floor."""
+    """Return the rivals, functions of x, weight and bias. The ratio of "eager" and "eager again" is the noise floor."""
     activation = case.activation
 
     def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def rivals(case: Case, device: str) -> list[Implementation]:
 
 
 def with_backward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of x, weight, bias and d_out: the output, d_x, d_weight and d_bias."""
+    """Return a function of x, weight, bias and d_out, which returns the output, d_x, d_weight and d_bias."""
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, d_out: Tensor) -> tuple[Tensor, ...]:
         out = function(x, weight, bias)
@@ -115,10 +115,11 @@ def with_backward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor
 
 
 def _choice(case: Case, device: str) -> str:
-    """What serves ours, in words."""
+    """Describe the path that ours takes."""
     reason = device_reason(torch.device(device), torch_dtype(case))
     if reason is not None:
         return f"PyTorch ({reason})"
+    # It imports Triton, which a rehearsal on a CPU can do without.
     from bert_fused.kernels.runtime import arch_of, name_of
 
     where = torch.device(device)
@@ -127,7 +128,7 @@ def _choice(case: Case, device: str) -> str:
 
 
 def _addmm_activation(activation: str) -> list[Implementation]:
-    """cuBLASLt's epilogue. Its GELU is the tanh form: another function than BERT's."""
+    """Return cuBLASLt's epilogue, whose GELU is the tanh form, not BERT's."""
     if activation not in ("gelu", "gelu_tanh", "relu"):
         return []
 
@@ -138,7 +139,7 @@ def _addmm_activation(activation: str) -> list[Implementation]:
 
 
 def _quack(activation: str) -> list[Implementation]:
-    """QuACK's fused matrix product, for Hopper and newer, where it is installed."""
+    """Return QuACK's fused matrix product if it is installed and the GPU is Hopper or newer."""
     name = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh_approx", "relu": "relu", "tanh": "tanh"}.get(activation)
     hopper = torch.cuda.get_device_capability() >= (9, 0)
     if name is None or not hopper or importlib.util.find_spec("quack") is None:
@@ -153,9 +154,9 @@ def _quack(activation: str) -> list[Implementation]:
 
 
 def _one_static_set(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
-    """The first set of inputs for every call, at fixed addresses.
+    """Return calls that all take the first set of inputs, at fixed addresses.
 
-    The compiler would copy inputs of its CUDA graphs, and record a graph anew for further weights.
+    Otherwise the compiler would copy its CUDA graphs' inputs, and record another graph for each set of weights.
     """
 
     def calls(sets: Sequence[Inputs]) -> list[Call]:
@@ -173,7 +174,7 @@ def check(case: Case, rival: Implementation, function: Callable[..., Tensor], in
 def check_gradients(
     case: Case, rival: Implementation, function: Callable[..., tuple[Tensor, ...]], inputs: Inputs
 ) -> dict[str, float]:
-    """The output as in ``check``, and each gradient's RMS error against eager's."""
+    """Check the output as ``check`` does, and each gradient's RMS error against eager's."""
     activation = rival.computes or case.activation
     x, weight, bias, d_out = inputs
 
@@ -185,13 +186,9 @@ def check_gradients(
     exact = eager(*(tensor.detach().double().requires_grad_(i < 3) for i, tensor in enumerate(inputs)))
     results, of_eager = function(*inputs), eager(*inputs)
     for name, index in (("d_x", 1), ("d_weight", 2), ("d_bias", 3)):
-        errors[f"{name}_rms"], bar = (_rms(of[index], exact[index]) for of in (results, of_eager))
+        errors[f"{name}_rms"], bar = (rms_error(of[index], exact[index]) for of in (results, of_eager))
         # fp32 errors are small enough for a different order of the same sums to make a difference.
         floor = 1e-6 * exact[index].square().mean().sqrt().item()
         if not errors[f"{name}_rms"] <= max(GRADIENT_RATIO * bar, floor):
             raise ValueError(f"wrong result: RMS error of {name} {errors[f'{name}_rms']:.3g}, eager's {bar:.3g}")
     return errors
-
-
-def _rms(result: Tensor, exact: Tensor) -> float:
-    return (result.double() - exact).square().mean().sqrt().item()

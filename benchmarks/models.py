@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import bert_fused
 from benchmarks.cases import Case
-from benchmarks.comparison import Implementation, Inputs, Problem, each, graphed
 from benchmarks.linear import torch_dtype
+from benchmarks.measure import Implementation, Inputs, Problem, each, graphed, rms_error
 from bert_fused.unpad.encoder import REQUEST, Request
 
 LAYERS_AND_HEADS = {"BERT-base": (12, 12), "BERT-large": (24, 16), "MiniLM": (6, 12)}
@@ -27,11 +27,11 @@ Runner = Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
 
 
 class Outputs(nn.Module):
-    """A model's hidden states and pooled output.
+    """Return a model's hidden states and pooled output.
 
-    Without a mask its parts are called one by one: while a CUDA graph is captured, transformers 5.17 makes a mask of
-    ones where there is none, and attention with a mask has slower kernels. request: what the hooks that are thus passed
-    by would have told a fused encoder.
+    Without a mask it calls the model's parts one by one: while a CUDA graph is captured, transformers 5.17 makes a mask
+    of ones if there is none, and attention with a mask has slower kernels. request: passed to a fused encoder, since
+    the hooks that pass it do not run then.
     """
 
     def __init__(self, model: nn.Module, request: Request | None = None) -> None:
@@ -49,7 +49,7 @@ class Outputs(nn.Module):
 
 
 class Logits(nn.Module):
-    """The logits of a model with a head, whose batches always have a mask."""
+    """Return the logits of a model with a head, whose batches always have a mask."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def unpadded(model: nn.Module) -> Runner:
 
 
 def pooled(model: nn.Module) -> Runner:
-    """For whoever reads position 0 only; the hidden states are ``[B, 1, H]``."""
+    """Return a runner whose hidden states are ``[B, 1, H]``, for a caller that reads position 0 only."""
     return Outputs(fused_copy(model, unpad=True, cls_only=True), Request(None, needs_first=True, only_first=True))
 
 
@@ -82,7 +82,7 @@ def fused_copy(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-# Of each implementation, how it is made from a model. "eager again" is eager's copy: their ratio is the noise floor.
+# Makes each implementation from a model. The ratio of "eager" and "eager again" is the noise floor.
 BUILDERS: dict[str, Callable[[nn.Module], Runner]] = {
     "ours": ours,
     "ours unpadded": unpadded,
@@ -105,7 +105,7 @@ CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
 COMPILED_CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
     "torch.compile": lambda model: torch.compile(Logits(model), dynamic=False),
 }
-# Of both, who leaves padding out where there is some.
+# The implementations in both that leave padding out.
 PACKED = ("ours unpadded", "ours unpadded, position 0 only")
 GRAPHED = {"eager in a CUDA graph": eager, "ours in a CUDA graph": ours}
 TUNED: dict[str, Callable[[nn.Module], Runner]] = {
@@ -171,7 +171,7 @@ def _bert(
 
 
 def make_inputs(case: Case, device: str) -> list[Inputs]:
-    """Sets of token ids and attention mask. Without padding there is no mask, so that eager attends at its fastest."""
+    """Return sets of token ids and mask. Without padding the mask is None, so that eager's attention is fastest."""
     assert case.batch is not None
     assert case.sequence is not None
     g = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def make_inputs(case: Case, device: str) -> list[Inputs]:
 def _reference(
     run: Callable[[nn.Module], Runner], model: Any, inputs: Inputs
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The model's outputs in fp64, and eager's."""
+    """Return the model's outputs in fp64, and eager's."""
     return run(copy.deepcopy(model).double())(*inputs), run(model)(*inputs)
 
 
@@ -202,14 +202,14 @@ def _compare(
     exact: tuple[Tensor, ...],
     of_eager: tuple[Tensor, ...],
 ) -> dict[str, float]:
-    """RMS errors at real tokens; raises ValueError where they exceed eager's."""
+    """Return RMS errors at real tokens; raises ValueError if one exceeds eager's."""
     errors = {}
     names = ("hidden", "pooled") if len(results) == 2 else ("logits",)
     for name, result, truth, bar in zip(names, results, exact, of_eager, strict=True):
         real = mask.bool() if mask is not None and name == "hidden" else ...
         if name == "hidden" and result.shape != truth.shape:  # position 0 only
             real, truth, bar = ..., truth[:, :1], bar[:, :1]
-        mine, eagers = (_rms(of[real], truth[real]) for of in (result, bar))
+        mine, eagers = (rms_error(of[real], truth[real]) for of in (result, bar))
         errors |= {f"{name}_rms": mine, f"eager_{name}_rms": eagers}
         # fp32 errors are small enough for a different order of the same sums to make a difference.
         if not mine <= max(RMS_RATIO * eagers, 1e-6):
@@ -219,9 +219,9 @@ def _compare(
 
 @functools.cache
 def check_function(name: str, dtype: str, device: str) -> float:
-    """RMS error over eager's on one layer that shows its activation; raises ValueError where that is another one.
+    """Return RMS error over eager's on one layer that reveals its activation; raises ValueError if that is not GELU.
 
-    In a random model the difference of erf and tanh GELU drowns in rounding. Here the layer's intermediate values are
+    In a random model rounding hides the difference of erf and tanh GELU. Here the layer's intermediate values are
     spread over GELU's negative tail and magnified a hundredfold on their way to the output.
     """
     hidden = 64
@@ -238,11 +238,7 @@ def check_function(name: str, dtype: str, device: str) -> float:
     )
     positions = result.shape[1]
     exact, of_eager = exact[:, :positions], of_eager[:, :positions]
-    mine, bar = _rms(result, exact), _rms(of_eager, exact)
+    mine, bar = rms_error(result, exact), rms_error(of_eager, exact)
     if not mine <= max(RMS_RATIO * bar, 1e-6):
         raise ValueError(f"wrong result: not gelu, RMS error {mine:.3g} where it shows, eager's {bar:.3g}")
     return mine / bar
-
-
-def _rms(result: Tensor, exact: Tensor) -> float:
-    return (result.double() - exact.double()).square().mean().sqrt().item()

@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG: speed-up over M, share of the roofline, and ours against each rival."""
+"""Draw the report's pictures as SVG: speed-up over M, share of the roofline, and ours against each rival."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.results import (
+from benchmarks.records import (
     OURS,
     Group,
     against_ours,
@@ -37,7 +37,7 @@ MAX_ROWS = 40
 
 
 def draw(groups: list[Group], out: Path) -> list[tuple[str, Path]]:
-    """Write what the results have data for, as SVG; title and file of each picture."""
+    """Write the pictures that the results have data for; return the title and file of each."""
     pictures = []
     modules = _most_measured([group for group in groups if case_of(group)["suite"] == "modules"])
     if modules:
@@ -52,7 +52,7 @@ def draw(groups: list[Group], out: Path) -> list[tuple[str, Path]]:
 
 
 def _most_measured(groups: list[Group]) -> list[Group]:
-    """Those of the dtype and activation that most of them have."""
+    """Return the groups that have the most frequent dtype and activation."""
 
     def kind(group: Group) -> tuple[str, str]:
         return case_of(group)["dtype"], case_of(group)["activation"]
@@ -77,7 +77,7 @@ def _over_rows(
     value: Callable[[Group, str], Ratio | None],
     reference: float | None,
 ) -> Path:
-    """A panel for each model, a line for each implementation, M on the horizontal axis."""
+    """Draw a panel for each model and a line for each implementation over M."""
     models = list(dict.fromkeys(case_of(group)["model"] for group in groups))
     figure, panels = plt.subplots(
         1,
@@ -90,7 +90,7 @@ def _over_rows(
     for panel, model in zip(panels[0], models, strict=True):
         of_model = [group for group in groups if case_of(group)["model"] == model]
         for name, colour in COLOURS.items():
-            # Who was timed in a case with costlier rivals is shown by the standard one.
+            # A case measured both with standard and costlier rivals is shown by its standard figure.
             of_model.sort(key=lambda group: case_of(group)["rivals"] == "standard")
             points = {case_of(group)["M"]: found for group in of_model if (found := value(group, name))}
             if not points or (reference is not None and name == "eager"):
@@ -123,7 +123,7 @@ def _over_rows(
 
 
 def _against_rivals(groups: list[Group], suite: str, path: Path) -> list[tuple[str, Path]]:
-    """A panel for each rival, a row for each case: the rival's time over ours.
+    """Draw a panel for each rival and a row for each case: the rival's time over ours.
 
     Red where ours is slower, grey where the rival computes another function.
     """

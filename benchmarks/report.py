@@ -1,6 +1,6 @@
-"""What ``run`` wrote, as a Markdown table and plots; or two runs compared.
+"""Turn what ``run`` wrote into a Markdown table and plots, or compare two runs.
 
-Every case is shown, the lost ones too. A ratio is the rival's time over ours: above 1, ours is faster.
+Every case is shown, also where ours is slower. A ratio is the rival's time over ours: above 1, ours is faster.
 """
 
 import argparse
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.cases import describe
-from benchmarks.records import BadResults, key
-from benchmarks.results import (
+from benchmarks.records import (
     NOISE,
     OURS,
+    BadResults,
     Group,
     against_ours,
     by_shape,
     case_of,
     is_slower,
+    key,
     load,
     rivals,
     same_function,
@@ -140,7 +141,7 @@ def _cell(found: Ratio | None, *, bold: bool = True) -> str:
 
 
 def _failures(section: list[Group]) -> Iterator[str]:
-    """What the table cannot show: who computes another function, and who has no figure."""
+    """Yield what the table cannot show: implementations that compute another function, or have no figure."""
     for group in section:
         for name, record in group.items():
             if not same_function(record):
@@ -152,7 +153,7 @@ def _failures(section: list[Group]) -> Iterator[str]:
 
 
 def compare(old: list[Group], new: list[Group]) -> str:
-    """Ours then and now, each against the eager of its own run: a warmer GPU does not pass for slower code."""
+    """Compare ours then and now, each with the eager of its own run, since a GPU can be warmer in one of them."""
     before = {key(case_of(group)): group for group in old}
     lines = ["| case | old µs | new µs | old vs eager | new vs eager | |", "|---|---|---|---|---|---|"]
     shared = 0

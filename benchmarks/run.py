@@ -1,4 +1,4 @@
-"""Ours and every rival on BERT's shapes, interleaved in one process, each checked against fp64 before it is timed.
+"""Time ours and every rival on BERT's shapes, interleaved in one process; each is checked against fp64 first.
 
 Cases are taken in order of rank until the budget is spent. Each case is written as soon as it is measured; the same
 command with the same --out goes on where it stopped.
@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from benchmarks import ceilings, linear, models
+from benchmarks import linear, models
 from benchmarks.cases import RIVALS, SUITES, Case, cases
-from benchmarks.comparison import measure
+from benchmarks.measure import copy_tb_per_s, matmul_tflops, measure, roofline_us
 from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
 from bert_fused.tune.search import fp32_products
 
 
 def first_guess(case: Case, device: str) -> float:
-    """Seconds that a case may take, before one of its kind was seen: most of them compile something."""
+    """Return the seconds a case may take before one of its kind was timed; most of them compile something."""
     if device == "cpu":
         return 1.0
     if case.suite == "models":
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="stop after this long")
     parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 200)")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where records go, and where to go on from")
-    parser.add_argument("--commit", help="what is measured, where there is no git; may end in -dirty")
+    parser.add_argument("--commit", help="the commit to record if there is no git; may end in -dirty")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu rehearses the run")
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     if arguments.rounds < 1 or not arguments.budget >= 0:
         parser.error("--rounds must be at least 1, and --budget not negative")
     if arguments.device == "cpu":
-        torch.set_num_threads(1)  # threads that wait for each other make a noise that a rehearsal can do without
+        torch.set_num_threads(1)  # threads that wait for each other would make samples noisier
     shared = environment(arguments.device, arguments.commit)
     try:
         writer = Writer(arguments.out or default_path(shared), shared)
@@ -64,19 +64,14 @@ def main(argv: list[str]) -> int:
 
 
 def _run(todo: list[Case], writer: Writer, arguments: argparse.Namespace) -> int:
-    """1 if ours failed somewhere, else 0."""
+    """Measure the cases that fit the budget; return 1 if ours failed in one, else 0."""
     start = time.monotonic()
     deadline = start + arguments.budget
     console = Console(stderr=True)
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]} s left"),
-        TextColumn("{task.description}"),
-    )
+    texts = TextColumn("{task.fields[left]} s left"), TextColumn("{task.description}")
     longest: dict[tuple[str, str], float] = {}
     failed = False
-    with Progress(*columns, console=console) as progress:
+    with Progress(BarColumn(), MofNCompleteColumn(), *texts, console=console) as progress:
         task = progress.add_task("", total=len(todo), left="")
         for rank, case in enumerate(todo, 1):
             left = deadline - time.monotonic()
@@ -91,7 +86,7 @@ def _run(todo: list[Case], writer: Writer, arguments: argparse.Namespace) -> int
             begin = time.monotonic()
             try:
                 rows = _measure(case, arguments, deadline)
-            except Exception as error:  # out of memory, say: what comes next may still fit
+            except Exception as error:  # out of memory, say: the next case may still fit
                 rows = [_failure(error)]
             longest[kind] = max(longest.get(kind, 0.0), time.monotonic() - begin)
             failed |= any(row["implementation"] == "ours" and row["error"] not in (None, "out of time") for row in rows)
@@ -116,10 +111,10 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
             problem = make(case, device)
             shared = {
                 "fill": problem.fill,
-                "roofline_us": ceilings.roofline_us(device, case.dtype, problem.flops, problem.bytes),
+                "roofline_us": roofline_us(device, case.dtype, problem.flops, problem.bytes),
                 "ceilings": {
-                    "matmul_tflops": ceilings.matmul_tflops(device, case.dtype),
-                    "copy_tb_per_s": ceilings.copy_tb_per_s(device),
+                    "matmul_tflops": matmul_tflops(device, case.dtype),
+                    "copy_tb_per_s": copy_tb_per_s(device),
                 },
             }
             state = functools.partial(gpu_state, device)
@@ -132,7 +127,7 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
 
 
 def _is_alive(device: str) -> bool:
-    """Whether a GPU still works: after a fault in a kernel nothing does."""
+    """Return whether the GPU still works; after a fault in a kernel it does not."""
     try:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -142,7 +137,7 @@ def _is_alive(device: str) -> bool:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    """The row of a case that could not be measured at all."""
+    """Return the row of a case that could not be measured at all."""
     timed = ("compile_seconds", "peak_bytes", "gpu", "wall", "tflops", "gpu_state")
     row: dict[str, Any] = dict.fromkeys((*timed, "computes", "accuracy", "fill", "roofline_us", "ceilings"))
     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,7 +1,7 @@
-"""``pytest benchmarks``: quick figures of ours and eager for pytest-benchmark, to be kept and compared.
+"""``pytest benchmarks``: quick figures of ours and eager for pytest-benchmark, which keeps and compares them.
 
-Times are wall-clock and synchronised; on a GPU, ``extra_info`` has samples of its own clock. Tests do not take turns,
-so for ratios use ``python -m benchmarks run``.
+Times are wall-clock and synchronised; on a GPU, ``extra_info`` also has samples of the GPU's clock. Tests do not take
+turns, so for ratios use ``python -m benchmarks run``.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import linear, models
 from benchmarks.cases import SUITES, Case, cases
-from benchmarks.comparison import checked
+from benchmarks.measure import checked
 from bert_fused.timing import graph_sampler, repeated
 from bert_fused.tune.search import fp32_products
 

@@ -29,10 +29,16 @@ if INTERPRETED:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if GPU == (item.get_closest_marker("gpu") is not None)]
-    if "slow" not in config.option.markexpr:
-        here = [item for item in here if item.get_closest_marker("slow") is None]
+    for name in ("slow", "alone"):
+        if name not in config.option.markexpr:
+            here = [item for item in here if item.get_closest_marker(name) is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in here])
     items[:] = here
+    for item in items:
+        # One worker runs all tests of a module's fixture, so that it is set up once (--dist loadgroup).
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -56,7 +62,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sanitized() -> "Iterator[interpreter.Sanitizer]":
-    """Every launch of the test is watched (``interpreter.sanitized``); the fixture is the record of them."""
+    """The record of the test's launches, each of which is watched (``interpreter.sanitized``)."""
     with interpreter.sanitized() as record:
         yield record
 
@@ -75,6 +81,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Launch, "__call__", record)
     return names
+
+
+@pytest.fixture
+def launched_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The tensors of each launch so far."""
+    from bert_fused.kernels.plan import Launch
+
+    given: list[tuple[Any, ...]] = []
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: given.append(tensors) or call(self, *tensors))
+    return given
 
 
 @pytest.fixture(autouse=True)

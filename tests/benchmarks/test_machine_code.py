@@ -1,8 +1,8 @@
-"""What is read from ptxas's log and from machine code, on texts by hand."""
+"""Reading ptxas's log and machine code, on texts written by hand."""
 
 import pytest
 
-from benchmarks.machine_code import hides_bias, listing, read_log, read_product
+from benchmarks.static.machine_code import hides_bias, listing, read_log, read_product
 
 LOG = """
 ptxas info    : Compiling entry function 'linear_act_fwd_kernel' for 'sm_90a'

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.comparison import Implementation, Problem, measure
 from benchmarks.linear import problem
+from benchmarks.measure import Implementation, Problem, measure
 from bert_fused.timing import Ratio, buffer_count, capture, interleave, ratio, repeated, summarize, wall_sampler
 
 CASE = Case("modules", "small", "float32", "gelu", 8, 512, 256)

@@ -1,4 +1,4 @@
-"""Other versions of transformers and Triton: their folders, and what runs on them. Nothing is installed."""
+"""``python -m benchmarks versions`` and ``matrix``, without installing or compiling anything."""
 
 import io
 import subprocess
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import matrix, versions
+from benchmarks.static import versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,23 +54,23 @@ def test_a_failed_installation_leaves_nothing(folder: Path, monkeypatch: pytest.
     with pytest.raises(versions.NoVersion, match=r"cannot install triton 9\.0\.0: ERROR: No matching"):
         versions.environment("triton", "9.0.0")
     assert list(folder.iterdir()) == []
-    for command, name, option in ((matrix.main, "matrix", "--tritons"), (versions.main, "versions", "--transformers")):
-        assert command([option, "9.0.0"]) == 2
-        assert (
-            f"benchmarks {name}: pip cannot install {'triton' if name == 'matrix' else 'transformers'} 9.0.0"
-            in capsys.readouterr().err
-        )
-        assert command([option, "frog"]) == 2
+    for command, name in ((versions.matrix, "matrix"), (versions.main, "versions")):
+        option = ["--tritons"] if name == "matrix" else ["--transformers", "none", "--triton"]
+        assert command([*option, "9.0.0"]) == 2
+        assert f"benchmarks {name}: pip cannot install triton 9.0.0" in capsys.readouterr().err
+        assert command([*option, "frog"]) == 2
         assert "got 'frog'" in capsys.readouterr().err
 
 
-def test_the_newest_is_pips_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_is_what_pip_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip_that(monkeypatch, stdout="triton (3.10.0)\nAvailable versions: 3.10.0, 3.9.0, 3.6.0\n")
     assert versions.newest("triton") == "3.10.0"
     assert versions.named("triton", "oldest,pinned,newest,3.6.0") == ["3.6.0", "3.7.1", "3.10.0"]
 
 
-def test_without_a_network_the_newest_is_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_newest_without_a_network_is_the_newest_installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     pip_that(monkeypatch, returncode=1, stderr="no network")
     assert versions.newest("triton") == "3.7.1"
     for version in ("3.9.0", "3.10.1", "3.10.0"):
@@ -81,7 +81,7 @@ def test_without_a_network_the_newest_is_what_is_there(folder: Path, monkeypatch
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("code", [0, 1])
-def test_each_versions_tests_run_under_it(code: int, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_versions_runs_the_tests_of_each_version_under_it(code: int, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     pip_that(monkeypatch)
     runs: list[tuple[list[str], str | None]] = []
 
@@ -105,7 +105,38 @@ def test_each_versions_tests_run_under_it(code: int, monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().out.count("12 passed in 3.45s") == 6
 
 
-def test_what_is_promised_is_what_is_tested() -> None:
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("status", "stderr", "reason"),
+    [
+        (0, "", None),
+        (1, "a warning\nbudget broken: linear_act_fwd 90 tile: 4 bytes spilled\n", "tile: 4 bytes spilled"),
+        (-11, "Fatal Python error\nSegmentation fault\n", "Segmentation fault"),
+        (-9, "", "exit status -9, no message"),
+    ],
+)
+def test_matrix_fails_where_sass_fails(
+    status: int, stderr: str, reason: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pip_that(monkeypatch)
+
+    def sass(command: list[str], *, env: dict[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        assert command[1:4] == ["-m", "benchmarks", "sass"]
+        bad = command[-1] == "90" and "PYTHONPATH" in env  # on 3.6.0, not on the pinned 3.7.1
+        return subprocess.CompletedProcess(command, status if bad else 0, "", stderr if bad else "")
+
+    monkeypatch.setattr(versions.subprocess, "run", sass)
+    assert versions.matrix(["--arch", "80,90", "--tritons", "3.6.0,pinned"]) == bool(status)
+    printed = capsys.readouterr().out.splitlines()
+    good = [f"sm_{arch}, Triton {version}: every limit kept" for arch in (80, 90) for version in ("3.6.0", "3.7.1")]
+    if reason is None:
+        assert printed == good
+    else:
+        assert printed[:3] == [*good[:2], "sm_90, Triton 3.6.0: 1 broken"]
+        assert printed[3].endswith(reason)
+
+
+def test_pyproject_and_readme_name_the_tested_versions() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     oldest = {package: tested[0].removesuffix(".0") for package, tested in versions.TESTED.items()}
     assert f'hf = ["transformers>={oldest["transformers"]}"]' in project

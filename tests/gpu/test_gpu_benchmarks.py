@@ -10,7 +10,7 @@ from gpu import DEVICE, MARKS, needs_gpu
 
 from benchmarks import linear, models, run
 from benchmarks.cases import Case
-from benchmarks.comparison import Problem, measure
+from benchmarks.measure import Problem, measure
 from bert_fused.timing import capture, event_sampler, graph_sampler
 from bert_fused.tune.accuracy import check
 

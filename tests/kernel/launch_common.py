@@ -1,4 +1,4 @@
-"""Launches that are looked at, in a process whose driver is a stub (``benchmarks/stub_driver.py``).
+"""Launches that are looked at, in a process whose driver is a stub (``benchmarks/static/stub_driver.py``).
 
 Every launch goes through Triton's own launcher into ``libcuda_stub.c``, which keeps what it was given. ``kernel[grid]``
 is the truth: what is launched must be the kernel that it picks, with the same grid, stream and parameters.
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import stub_driver
+from benchmarks.static import stub_driver
 
 # The stub comes before the kernels. Under pytest, which runs them in the interpreter, only names are read from here.
 STUB: Any = None

@@ -14,7 +14,7 @@ from launch_common import launched, linear_tensors, observed
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks import stub_driver
+from benchmarks.static import stub_driver
 from bert_fused import linear_act
 from bert_fused.kernels import elementwise, plan
 from bert_fused.kernels import linear_act as forward

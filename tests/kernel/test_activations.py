@@ -86,7 +86,7 @@ def test_the_sweeps_tell_erf_from_tanh(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "quick_gelu"])
 @all_dtypes
-def test_derivative_limits(dtype: torch.dtype, activation: str) -> None:
+def test_derivatives_far_out_are_their_limits(dtype: torch.dtype, activation: str) -> None:
     """Far out the derivative is 0 or 1, also where its factors overflow; NaN goes through."""
     far = derivative(torch.tensor([-1e4, -100.0, 100.0, 1e4]).to(dtype), activation)
     assert_within(far, torch.tensor([0.0, 0.0, 1.0, 1.0]).double(), torch.tensor(UNDERFLOW).double())

@@ -55,7 +55,7 @@ def fp32_samples() -> torch.Tensor:
     return torch.cat([torch.cat([bits, ties]).to(torch.int32).view(torch.float32), special])
 
 
-def test_casts_match_torch() -> None:
+def test_casts_match_torchs() -> None:
     values = fp32_samples()
     expected = values.bfloat16()
     ours = torch.from_numpy(fp32_to_bf16(values.numpy()).view(np.int16)).view(torch.bfloat16)

@@ -17,7 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from benchmarks import stub_driver
+from benchmarks.static import stub_driver
 from bert_fused import linear_act, ops, reference
 from bert_fused.kernels import plan as launching
 from bert_fused.kernels.plan import key_of, plans

@@ -1,7 +1,6 @@
-"""The sanitizer: silent on every kernel at random shapes and layouts, and loud about faults that were put there."""
+"""The sanitizer is loud about faults planted in the kernels, and silent without them."""
 
 import importlib.util
-import random
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,92 +12,16 @@ import triton.language as tl
 from interpreter import Sanitizer, SanitizerError
 from interpreter import sanitized as sanitize
 from reference64 import (
-    ACTIVATIONS,
-    DTYPES,
-    LAYOUTS,
-    assert_forward,
-    dtype_name,
     generator,
     make_inputs,
     strided_vector,
     with_layout,
 )
 
-from bert_fused.kernels import elementwise, linear_act
+from bert_fused.kernels import linear_act
 from bert_fused.kernels.configs import Config
-from bert_fused.kernels.elementwise import rows_per_program
-from bert_fused.kernels.runtime import INTERPRETER_SMS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-# ------------------------------------------------------------------------------------------------------- nothing to say
-
-# Variant of linear_act -> what its configuration has besides a random tile.
-LINEAR = {
-    "pointer": {"kernel": "pointer"},
-    "tma": {"kernel": "tma"},
-    "persistent": {"kernel": "tma", "persistent": (1, 2)},
-    "subtiles": {"kernel": "tma", "persistent": (1, 2), "block_n": 64, "subtiles": (2, 4)},
-    "library": {"kernel": "library"},
-}
-VARIANTS = (*LINEAR, "act_pass", "act_bwd")
-CASES_EACH = 30  # 210 in all
-
-
-def random_config(draw: random.Random, variant: str, dtype: torch.dtype) -> Config:
-    fields = {name: draw.choice(v) if isinstance(v, tuple) else v for name, v in LINEAR[variant].items()}
-    if variant == "library":
-        return Config("library", dtype_name(dtype))
-    tile = {name: draw.choice((16, 32)) for name in ("block_m", "block_n", "block_k")}
-    others = {"num_warps": 1, "num_stages": 1, "group_m": draw.choice((1, 2, 3, 8))}
-    return Config(**({"dtype": dtype_name(dtype)} | tile | others | fields))
-
-
-@pytest.mark.parametrize("case", range(CASES_EACH))
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_random_shapes_and_layouts(sanitized: Sanitizer, variant: str, case: int) -> None:
-    draw = random.Random(f"{variant} {case}")
-    dtype, activation = draw.choice(DTYPES), draw.choice(ACTIVATIONS)
-    if variant == "act_pass":
-        shape, activation = (draw.randint(1, 60), draw.randint(1, 70)), draw.choice(ACTIVATIONS[:-1])
-        preact = torch.randn(shape, generator=generator(case)).to(dtype)
-        elementwise.act_fwd(preact.numel(), activation)(preact, torch.empty_like(preact))
-        assert [launch.stored for launch in sanitized.launches] == [{"out_ptr": preact.numel()}]
-    elif variant == "act_bwd":
-        M, N, bias_grad = draw.randint(1, 300), draw.randint(1, 200), draw.random() < 0.7
-        d_out, saved = (torch.randn(M, N, generator=generator(case + i)).to(dtype) for i in range(2))
-        d_out, saved = (with_layout(tensor, draw.choice(LAYOUTS)) for tensor in (d_out, saved))
-        elementwise.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
-        sums = triton.cdiv(M, rows_per_program(M, N, INTERPRETER_SMS))
-        partial = {"partial_ptr": sums * N} if bias_grad else {}
-        assert [launch.stored for launch in sanitized.launches] == [{"d_preact_ptr": M * N} | partial]
-    else:
-        random_linear(sanitized, draw, random_config(draw, variant, dtype), dtype, activation)
-
-
-def random_linear(
-    sanitized: Sanitizer, draw: random.Random, config: Config, dtype: torch.dtype, activation: str
-) -> None:
-    M, N, K = draw.randint(1, 50), draw.randint(1, 70), draw.randint(1, 100)
-    layouts = LAYOUTS
-    if config.kernel == "tma":  # rows on 16-byte boundaries
-        N, K, layouts = 8 * draw.randint(1, 9), 8 * draw.randint(1, 12), ("contiguous", "row_slice", "cls")
-    save_preact = draw.random() < 0.5
-    i = make_inputs("unit", M, N, K, dtype, bias=draw.random() < 0.8, seed=draw.randint(0, 99))
-    x, weight = (with_layout(matrix, draw.choice(layouts)) for matrix in (i.x, i.weight))
-    bias = strided_vector(i.bias) if i.bias is not None and draw.random() < 0.5 else i.bias
-    out, _ = linear_act.linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)
-    if config.kernel == "library":
-        # The product is stored before the pass, which then works in place unless both are wanted.
-        expected = [{"out_ptr": M * N}] if save_preact else [{"preact_ptr": M * N, "out_ptr": M * N}]
-        if activation == "none" and not save_preact:
-            expected = []
-        assert [launch.stored for launch in sanitized.launches] == expected
-        return
-    assert_forward(out, x, weight, bias, activation)
-    stored = dict.fromkeys(["out_ptr", "preact_ptr"][: 1 + save_preact], M * N)
-    assert [launch.stored for launch in sanitized.launches] == [stored]
-
 
 # ----------------------------------------------------------------------------------------- faults in the kernels proper
 
@@ -140,7 +63,7 @@ ONCE = r"elements of \w+, \d+ were never written and \d+ more than once"
 # The report also names the nearest tensor, which depends on where the allocator put them.
 READS, WRITES = r"reads \d+ elements of .* outside", r"writes \d+ elements of .* outside"
 
-# Name -> call, what is replaced in the source, by what, and the report.
+# Name -> call, what is replaced in the source, by what, and the report. tests/mutants plants others.
 FAULTS = {
     "store: no mask of rows": (
         "pointer",
@@ -154,17 +77,9 @@ FAULTS = {
         "mask = (start_m + rows < M) & (cols >= 0)",
         WRITES + "|" + ONCE,
     ),
-    "store: rows one too many": ("pointer", "(start_m + rows < M)", "(start_m + rows <= M)", WRITES),
-    "store: columns one too many": ("pointer", "(start_n + cols < N)", "(start_n + cols <= N)", WRITES + "|" + ONCE),
     "store: columns one too few": ("pointer", "(start_n + cols < N)", "(start_n + cols < N - 1)", ONCE),
     "store: wrong row of a tile": ("pointer", "base = start_m.to(tl.int64) * N", "base = start_m * (N + 1)", WRITES),
     "store: wrong stride": ("pointer", "offs = rows * N + cols", "offs = rows * (N + 1) + cols", WRITES + "|" + ONCE),
-    "x: rows not clamped": (
-        "pointer",
-        "rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1)",
-        "rows = (start_m + tl.arange(0, BLOCK_M))",
-        READS,
-    ),
     "x: rows clamped one too far": ("pointer", "tl.arange(0, BLOCK_M), M - 1)", "tl.arange(0, BLOCK_M), M)", READS),
     "W: rows not clamped": (
         "pointer",
@@ -173,46 +88,30 @@ FAULTS = {
         READS,
     ),
     "x: no mask of K": ("pointer", "tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)", "tl.load(x_ptrs)", READS),
-    "W: no mask of K": ("pointer", "tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)", "tl.load(w_ptrs)", READS),
-    "K: one too many": ("pointer", "offs_k < K - k", "offs_k <= K - k", READS),
-    "K: taken for even": ("pointer", "EVEN_K=K % config.block_k == 0", "EVEN_K=True", READS),
     "K: a step too many": ("even K", "x = tl.load(x_ptrs)", "x = tl.load(x_ptrs + BLOCK_K)", READS),
     "x: steps along rows": ("even K", "tl.cast(stride_xk,", "tl.cast(stride_xm,", READS),
     "W: steps along rows": ("even K", "tl.cast(stride_wk,", "tl.cast(stride_wn,", READS),
-    "x: strides swapped": (
-        "pointer",
-        "rows.stride(0),\n        rows.stride(1)",
-        "rows.stride(1),\n        rows.stride(0)",
-        READS,
-    ),
     "W: strides swapped": (
         "more K than N",
-        "weight.stride(0),\n        weight.stride(1)",
-        "weight.stride(1),\n        weight.stride(0)",
+        "*weight.stride())",
+        "weight.stride(1), weight.stride(0))",
         READS,
     ),
-    "bias: no mask": ("pointer", "mask=offs_n < N, other=0.0)", "mask=offs_n >= 0, other=0.0)", READS),
-    "bias: taken for contiguous": ("pointer", "bias.contiguous() if", "bias if", READS),
-    "grid: one too few": ("wide groups", "(num_blocks,)", "(num_blocks - 1,)", ONCE),
-    "tiles: groups of another size": ("wide groups", "// group_size_m", "// GROUP_M", ONCE),
-    "tma: rows for columns": ("tma", "out_ptr.store([start_m, start_n]", "out_ptr.store([start_n, start_m]", ONCE),
-    "persistent: every block does all": ("persistent", "tl.num_programs(0)\n", "1\n", ONCE),
-    "persistent: the last tile is left": (
-        "persistent",
-        "tl.program_id(0), num_tiles, tl",
-        "tl.program_id(0), num_tiles - 1, tl",
+    "grid: one too few": (
+        "wide groups",
+        "linear_act_fwd_kernel, num_blocks,",
+        "linear_act_fwd_kernel, num_blocks - 1,",
         ONCE,
     ),
-    "subtiles: the left one twice": ("subtiles", "middle = start_n + BLOCK_N // 2", "middle = start_n", ONCE),
-    "pass: no mask": ("pass", "mask = offs < numel", "mask = offs >= 0", READS),
+    "tma: rows for columns": ("tma", "out_ptr.store([start_m, start_n]", "out_ptr.store([start_n, start_m]", ONCE),
+    "persistent: every block does all": ("persistent", "tl.num_programs(0)\n", "1\n", ONCE),
     "pass: one too many": ("pass", "mask = offs < numel", "mask = offs <= numel", READS),
     "pass: one too few": ("pass", "mask = offs < numel", "mask = offs < numel - 1", ONCE),
     "grad: no mask of columns": ("grad", "& mask_n[None, :]", "& (offs_n >= 0)[None, :]", READS),
-    "grad: no mask of rows": ("grad", "(offs_m < M)[:, None]", "(offs_m >= 0)[:, None]", READS),
     "grad: strides swapped": (
         "grad",
-        "d_out.stride(0),\n            d_out.stride(1)",
-        "d_out.stride(1),\n            d_out.stride(0)",
+        "*d_out.stride())",
+        "d_out.stride(1), d_out.stride(0))",
         READS,
     ),
     "grad: wrong step": (
@@ -221,7 +120,6 @@ FAULTS = {
         "offs += N * (BLOCK_M + 1)",
         READS,
     ),
-    "grad: saved taken for contiguous": ("grad", "saved = saved.contiguous()", "pass", READS),
     "grad: sums without mask": (
         "grad",
         "tl.sum(total, axis=0), mask=mask_n)",
@@ -236,8 +134,8 @@ FAULTS = {
     ),
     "grad: grid one too many": (
         "grad",
-        "(num_pid_m * triton.cdiv(N, BLOCK_N),)",
-        "(num_pid_m * triton.cdiv(N, BLOCK_N) + 1,)",
+        "num_pid_m * triton.cdiv(N, BLOCK_N), (M",
+        "num_pid_m * triton.cdiv(N, BLOCK_N) + 1, (M",
         WRITES,
     ),
 }
@@ -257,7 +155,7 @@ def rewritten(call: str, old: str, new: str, folder: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_reported(fault: str, tmp_path: Path) -> None:
+def test_a_fault_planted_in_a_kernel_is_reported(fault: str, tmp_path: Path) -> None:
     call, old, new, report = FAULTS[fault]
     module = rewritten(call, old, new, tmp_path)
     with sanitize(), pytest.raises(SanitizerError, match=report):
@@ -265,7 +163,7 @@ def test_planted_faults_are_reported(fault: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_without_a_fault_there_is_no_report(call: str, sanitized: Sanitizer) -> None:
+def test_a_kernel_without_a_fault_is_not_reported(call: str, sanitized: Sanitizer) -> None:
     CALLS[call](MODULES.get(call, linear_act))
     assert len(sanitized.launches) == 1
 
@@ -303,7 +201,9 @@ def atomic_kernel(dst_ptr, BLOCK: tl.constexpr):
     ids=["read past the end", "read before the start", "write past the end", "unwritten", "written twice"],
 )
 @pytest.mark.parametrize("view", ["rows", "middle of a row"])
-def test_strays_are_reported(view: str, first: int, reads: int, writes: int, programs: int, message: str) -> None:
+def test_a_stray_element_is_reported(
+    view: str, first: int, reads: int, writes: int, programs: int, message: str
+) -> None:
     """Also where the stray element lies inside the memory of the same tensor's base."""
     pad = 0 if view == "rows" else 3
     src, dst = (torch.zeros(4 + 2 * pad)[pad : 4 + pad] for _ in range(2))
@@ -311,7 +211,7 @@ def test_strays_are_reported(view: str, first: int, reads: int, writes: int, pro
         planted_kernel[(programs,)](src, dst, first, reads, writes, 8)
 
 
-def test_row_padding_is_outside() -> None:
+def test_row_padding_is_outside_the_tensor() -> None:
     src, dst = torch.zeros(2, 6)[:, :4], torch.zeros(8)
     with sanitize(), pytest.raises(SanitizerError, match="reads 2 elements"):
         unmasked_kernel[(1,)](src, dst, 8)

@@ -5,6 +5,7 @@ as ``BERT_FUSED_FUZZ`` says, and tries first what failed before; ``--hypothesis-
 """
 
 import contextlib
+import math
 import os
 from dataclasses import dataclass
 
@@ -61,39 +62,9 @@ activations = st.sampled_from(ACTIVATIONS)
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-@profile
-@given(
-    M=st.integers(0, 70),
-    K=st.integers(0, 100),
-    N=st.integers(1, 70),
-    dtype=dtypes,
-    activation=activations,
-    regime=st.sampled_from(REGIMES),
-    bias=st.booleans(),
-    save_preact=st.booleans(),
-    x_layout=layouts,
-    weight_layout=layouts,
-)
-def test_forward(
-    M: int,
-    K: int,
-    N: int,
-    dtype: torch.dtype,
-    activation: str,
-    regime: str,
-    bias: bool,
-    save_preact: bool,
-    x_layout: str,
-    weight_layout: str,
-) -> None:
-    i = make_inputs(regime, M, N, K, dtype, bias=bias)
-    x, weight = with_layout(i.x, x_layout), with_layout(i.weight, weight_layout)
-    with sanitized() as record:
-        out, preact = linear_act_fwd(x, weight, i.bias, activation=activation, save_preact=save_preact)
-    assert len(record.launches) == (M > 0)
-    assert_forward(out, x, weight, i.bias, activation)
-    if preact is not None:
-        assert_forward(preact, x, weight, i.bias, "none", "preact")
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    """A view among NaNs. oneDNN's bf16 product (AMX) multiplies what follows an odd row by zero: no NaN for that."""
+    return with_layout(matrix, layout, around=1000.0 if matrix.dtype is torch.bfloat16 else math.nan)
 
 
 @st.composite
@@ -111,24 +82,26 @@ def configurations(draw: st.DrawFn, dtype: torch.dtype) -> Config:
     return Config(name, dtype_name(dtype), block_m, block_n, block_k, num_warps=4, num_stages=1, **options)
 
 
-@profile
+@settings(profile, max_examples=FUZZ or 150)
 @given(
     data=st.data(),
+    regime=st.sampled_from(REGIMES),
     sizes=st.tuples(st.integers(1, 90), st.integers(1, 18), st.integers(1, 24)),
     dtype=dtypes,
     activation=activations,
-    bias=st.booleans(),
+    bias=st.sampled_from(["", "contiguous", "strided"]),
     save_preact=st.booleans(),
 )
-def test_configurations(
+def test_forward_is_exact_on_integers_and_within_the_bound_elsewhere(
     data: st.DataObject,
+    regime: str,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
     activation: str,
-    bias: bool,
+    bias: str,
     save_preact: bool,
 ) -> None:
-    """Exact on integers before the activation, in every configuration; the bound on other numbers after it."""
+    """In every configuration; its one launch stores every element once."""
     config = data.draw(configurations(dtype), label="config")
     step = 16 // dtype.itemsize  # TMA's rows are whole multiples of 16 bytes
     M, N, K = sizes[0], step * sizes[1], step * sizes[2]
@@ -138,26 +111,25 @@ def test_configurations(
         K -= data.draw(st.integers(0, step), label="less K")
         possible = LAYOUTS
     x_layout, weight_layout = (data.draw(st.sampled_from(possible), label=name) for name in ("x", "weight"))
-    for regime in ("integers", "unit"):
-        i = make_inputs(regime, M, N, K, dtype, bias=bias)
-        x, weight = with_layout(i.x, x_layout), with_layout(i.weight, weight_layout)
-        function = "none" if regime == "integers" else activation
-        with sanitized() as record:
-            out, preact = linear_act_fwd(x, weight, i.bias, activation=function, save_preact=save_preact, config=config)
-        assert len(record.launches) == 1 or config.kernel == "library"
-        z = linear64(x, weight, i.bias)
-        assert (preact is not None) == save_preact
-        if regime == "integers":
-            assert torch.equal(out.double(), z)
-            assert preact is None or torch.equal(preact.double(), z)
-            continue
-        if config.kernel != "library":
-            assert_forward(out, x, weight, i.bias, activation)
-        elif preact is not None:  # two roundings: one in cuBLAS's stead, one here
+    i = make_inputs(regime, M, N, K, dtype, bias=bool(bias))
+    x, weight = laid_out(i.x, x_layout), laid_out(i.weight, weight_layout)
+    b = strided_vector(i.bias) if bias == "strided" and i.bias is not None else i.bias
+    with sanitized() as record:
+        out, preact = linear_act_fwd(x, weight, b, activation=activation, save_preact=save_preact, config=config)
+    stored = [launch.stored for launch in record.launches]
+    assert (preact is not None) == save_preact
+    if config.kernel == "library" or K == 0:  # torch stores the product; without preact the pass works in place
+        in_place = activation == "none" and not save_preact
+        assert stored == ([] if in_place else [dict.fromkeys(["out_ptr", "preact_ptr"][: 2 - save_preact], M * N)])
+        if preact is not None:  # two roundings: one in cuBLAS's stead, one here
             one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype)
             assert_forward(out.view(-1, 1), preact.view(-1, 1), one, zero, activation, "out of the rounded preact")
-        if preact is not None:
-            assert_forward(preact, x, weight, i.bias, "none", "preact")
+    else:
+        assert stored == [dict.fromkeys(["out_ptr", "preact_ptr"][: 1 + save_preact], M * N)]
+        assert_forward(out, x, weight, i.bias, activation)
+    if preact is not None:
+        assert_forward(preact, x, weight, i.bias, "none", "preact")
+        assert regime != "integers" or torch.equal(preact.double(), linear64(x, weight, i.bias))
 
 
 @profile
@@ -169,7 +141,9 @@ def test_configurations(
     bias_grad=st.booleans(),
     layout=layouts,
 )
-def test_backward(M: int, N: int, dtype: torch.dtype, activation: str, bias_grad: bool, layout: str) -> None:
+def test_backward_is_within_the_bound(
+    M: int, N: int, dtype: torch.dtype, activation: str, bias_grad: bool, layout: str
+) -> None:
     d_out, z = (2 * torch.randn(M, N, generator=generator(seed)) for seed in (0, 1))
     d_out = with_layout(d_out.to(dtype), layout)
     saved = (act64(z, activation) if activation in ("relu", "tanh") else z).to(dtype)
@@ -227,7 +201,7 @@ def arguments(call: Call, seed: int) -> list[Tensor | None]:
     """x, weight and bias as leaves with the layouts of the call."""
     rows = torch.Size(call.leading).numel()
     i = make_inputs(call.regime, rows, call.N, call.K, call.dtype, bias=bool(call.bias), seed=seed)
-    x, weight = (with_layout(t, layout) for t, layout in zip((i.x, i.weight), call.layouts, strict=True))
+    x, weight = (laid_out(t, layout) for t, layout in zip((i.x, i.weight), call.layouts, strict=True))
     # To split a dimension, or take its only element, is always a view: the strides stay.
     x = x.view(*call.leading, call.K) if call.leading else x[0]
     bias = strided_vector(i.bias) if call.bias == "strided" and i.bias is not None else i.bias
@@ -263,15 +237,15 @@ def product_bound(left: Tensor, left_bound: Tensor, right: Tensor, dtype: torch.
     return left_bound @ right.abs() + rounding_bound(left @ right, dtype) + accumulation
 
 
-@settings(profile, max_examples=FUZZ or 250)  # has the most to choose from
+@settings(profile, max_examples=FUZZ or 200)  # has the most to choose from
 @given(calls)
-def test_linear_act(call: Call) -> None:
-    """The result, what is differentiable, and every gradient, elementwise within what follows from the promises."""
+def test_linear_act_and_its_gradients_are_within_the_bounds(call: Call) -> None:
+    """Elementwise, within what follows from the promises; no launch touches memory that is not its own."""
     if call.called_before:
         linear_act(*arguments(call, seed=1), call.activation, recompute_preact=call.recompute_preact)
     leaves = arguments(call, seed=0)
     autocast = contextlib.nullcontext() if call.autocast is None else torch.autocast("cpu", dtype=call.autocast)
-    with autocast:
+    with sanitized(), autocast:
         out = linear_act(*leaves, call.activation, recompute_preact=call.recompute_preact)
     wanted = [flag and leaf is not None for flag, leaf in zip(call.wanted, leaves, strict=True)]
     assert out.shape == (*call.leading, call.N)
@@ -287,8 +261,9 @@ def test_linear_act(call: Call) -> None:
         return
 
     rows = torch.randn(len(x), call.N, generator=generator(2)).to(dtype)
-    rows = with_layout(rows, call.d_out_layout)
-    out.backward(rows.view(out.shape) if call.leading else rows[0])
+    rows = laid_out(rows, call.d_out_layout)
+    with sanitized():
+        out.backward(rows.view(out.shape) if call.leading else rows[0])
 
     z = linear64(x, weight, bias)
     z_bound = forward_bound(z, x, weight, bias, "none")

@@ -1,6 +1,6 @@
 """What Triton's interpreter lacks to be a judge: right bf16 numbers, memory bounds, and one launch at a time.
 
-``install()`` repairs the first and the last for the whole process. ``sanitized()`` watches memory within a scope.
+``install()`` mends the first and the last for the whole process, ``sanitized()`` watches memory within a scope.
 Works on Triton 3.6, 3.7 and 3.9: where signatures differ between them, only the leading arguments are named.
 """
 
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,21 +23,31 @@ _launch_lock = threading.RLock()
 
 
 def install() -> None:
-    """Repair bf16 and serialise launches, once per process."""
+    """Repair bf16, serialise launches and shorten them, once per process."""
     if getattr(GridExecutor, "repaired", False):
         return
     GridExecutor.repaired = True
     _repair_bf16()
 
-    launch = GridExecutor.__call__
+    launch, patch_language = GridExecutor.__call__, triton_interpreter._patch_lang
+    patched: set[int] = set()
 
     @functools.wraps(launch)
     def one_at_a_time(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         # A launch patches triton.language and shares one builder: threads would run each other's program ids.
         with _launch_lock:
+            patched.clear()
             launch(self, *args, **kwargs)
 
+    def patch_once(function: Callable[..., Any]) -> Any:
+        # Triton patches for every call of every function in a kernel, a third of a launch's time.
+        module = id(function.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch_language(function)
+
     GridExecutor.__call__ = one_at_a_time
+    triton_interpreter._patch_lang = patch_once
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -133,7 +144,13 @@ def _element_addresses(tensor: torch.Tensor) -> np.ndarray:
         shape = [1] * tensor.dim()
         shape[dim] = size
         addresses = addresses + (np.arange(size) * stride * tensor.element_size()).reshape(shape)
-    return np.unique(addresses.ravel() + tensor.data_ptr()).astype(np.uint64)
+    return _sorted(addresses.ravel().astype(np.uint64) + np.uint64(tensor.data_ptr()))
+
+
+def _sorted(addresses: np.ndarray) -> np.ndarray:
+    """Like ``np.unique``, which hashes and so is slow where most are in order and there once."""
+    addresses = np.sort(addresses, kind="stable")
+    return addresses[np.diff(addresses, prepend=addresses[:1] - np.uint64(1)) != 0]
 
 
 class _Memory:
@@ -145,7 +162,7 @@ class _Memory:
         self.addresses: dict[int, np.ndarray] = {}
         for itemsize in {t.element_size() for t in tensors.values()}:
             parts = [addresses for t, addresses in self.tensors.values() if t.element_size() == itemsize]
-            self.addresses[itemsize] = np.unique(np.concatenate(parts))
+            self.addresses[itemsize] = _sorted(np.concatenate(parts))
         self.writes = {itemsize: np.zeros(len(known), np.int64) for itemsize, known in self.addresses.items()}
 
     def check(self, verb: str, pointers: TensorHandle, mask: Any) -> tuple[int, np.ndarray]:
@@ -204,57 +221,53 @@ def _tensors(names: list[str], args: Any, kwargs: dict[str, Any]) -> dict[str, t
     return {name: arg for name, arg in unwrapped.items() if isinstance(arg, torch.Tensor)}
 
 
-@contextlib.contextmanager
-def sanitized() -> Iterator[Sanitizer]:
-    """Watch every launch: lanes must stay inside the tensors passed in, and outputs be written exactly once.
+def _watched_memory(current: list[_Memory]) -> dict[str, Callable[..., Any]]:
+    """The builder's loads, stores and atomics, checked against the memory of the launch that runs."""
+    masked_load, masked_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic_rmw = InterpreterBuilder.create_atomic_rmw
 
-    A tensor's elements are those its shape and strides name; row padding counts as outside. Raises ``SanitizerError``
-    from the launch that is at fault.
-    """
-    record = Sanitizer()
-    current: list[_Memory] = []
-    originals = {
-        (InterpreterBuilder, "create_masked_load"): InterpreterBuilder.create_masked_load,
-        (InterpreterBuilder, "create_masked_store"): InterpreterBuilder.create_masked_store,
-        (InterpreterBuilder, "create_atomic_rmw"): InterpreterBuilder.create_atomic_rmw,
-        (InterpreterBuilder, "create_atomic_cas"): InterpreterBuilder.create_atomic_cas,
-        (GridExecutor, "_init_args_hst"): GridExecutor._init_args_hst,
-        (GridExecutor, "__call__"): GridExecutor.__call__,
-    }
-    masked_load, masked_store, atomic_rmw, _, init_args, launch = originals.values()
-
-    def checked_load(self: InterpreterBuilder, pointers: TensorHandle, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(self: InterpreterBuilder, pointers: TensorHandle, mask: Any, *args: Any, **kwargs: Any) -> Any:
         current[-1].check("reads", pointers, mask)
         return masked_load(self, pointers, mask, *args, **kwargs)
 
-    def checked_store(
+    def store(
         self: InterpreterBuilder, pointers: TensorHandle, value: Any, mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         current[-1].store(pointers, mask)
         return masked_store(self, pointers, value, mask, *args, **kwargs)
 
-    def counted(
-        self: InterpreterBuilder, operation: Any, pointers: TensorHandle, value: Any, mask: Any, *args: Any
-    ) -> Any:
+    def count(self: InterpreterBuilder, kind: Any, pointers: TensorHandle, value: Any, mask: Any, *args: Any) -> Any:
         if pointers.get_element_ty().is_floating():
             raise SanitizerError("the order of floating-point atomics would make results vary")
         current[-1].check("counts", pointers, mask)
-        return atomic_rmw(self, operation, pointers, value, mask, *args)
+        return atomic_rmw(self, kind, pointers, value, mask, *args)
 
-    def exchanged(self: InterpreterBuilder, *args: Any) -> Any:
+    def exchange(self: InterpreterBuilder, *args: Any) -> Any:
         raise SanitizerError("compare-and-swap is not watched")
 
-    def watched_init_args(self: GridExecutor, args: Any, kwargs: dict[str, Any]) -> Any:
+    return {
+        "create_masked_load": load,
+        "create_masked_store": store,
+        "create_atomic_rmw": count,
+        "create_atomic_cas": exchange,
+    }
+
+
+def _watched_launches(current: list[_Memory], record: Sanitizer) -> dict[str, Callable[..., Any]]:
+    """The executor's launch, which sets up its memory in ``current`` and ends in ``record``."""
+    init_args, call = GridExecutor._init_args_hst, GridExecutor.__call__
+
+    def watch(self: GridExecutor, args: Any, kwargs: dict[str, Any]) -> Any:
         # The interpreter may copy arguments to the host: their addresses there are what its pointers hold.
         host_args, host_kwargs = init_args(self, args, kwargs)
         current.append(_Memory(self.fn.__name__, _tensors(self.arg_names, host_args, host_kwargs)))
         return host_args, host_kwargs
 
-    def watched_launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+    def launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         with _launch_lock:
             depth = len(current)
             try:
-                launch(self, *args, **kwargs)
+                call(self, *args, **kwargs)
                 record.launches.append(current[-1].finish())
             except Exception as error:
                 # The interpreter wraps what a kernel raises, once for each function that was called.
@@ -267,11 +280,18 @@ def sanitized() -> Iterator[Sanitizer]:
             finally:
                 del current[depth:]
 
-    patches = (checked_load, checked_store, counted, exchanged, watched_init_args, watched_launch)
-    for (owner, name), patch in zip(originals, patches, strict=True):
-        setattr(owner, name, patch)
-    try:
+    return {"_init_args_hst": watch, "__call__": launch}
+
+
+@contextlib.contextmanager
+def sanitized() -> Iterator[Sanitizer]:
+    """Watch every launch: lanes must stay inside the tensors passed in, and outputs be written exactly once.
+
+    A tensor's elements are those its shape and strides name; row padding counts as outside. Raises ``SanitizerError``
+    from the launch that is at fault.
+    """
+    record = Sanitizer()
+    current: list[_Memory] = []
+    memory, launches = _watched_memory(current), _watched_launches(current, record)
+    with mock.patch.multiple(InterpreterBuilder, **memory), mock.patch.multiple(GridExecutor, **launches):
         yield record
-    finally:
-        for (owner, name), original in originals.items():
-            setattr(owner, name, original)

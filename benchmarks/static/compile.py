@@ -1,4 +1,4 @@
-"""The kernels compiled ahead of time, for an architecture by name: no GPU is asked."""
+"""Compile the kernels for an architecture given by name; this needs no GPU."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ ROWS = (1, 16, 17)
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: its code by stage, what Triton says of it, and what ``ptxas -v`` printed."""
+    """A compiled kernel: its code by stage, Triton's metadata, and the output of ``ptxas -v``."""
 
     asm: dict[str, Any]
     metadata: Any
@@ -30,7 +30,7 @@ class Compiled:
 def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True, rows: int = 17) -> Compiled:
     """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are.
 
-    rows: one of ``ROWS``, for all numbers of rows that Triton takes for the same.
+    rows: one of ``ROWS``, which stands for all numbers of rows that Triton specialises alike.
     """
     tma = config.kernel == "tma"
     constants: dict[str, Any] = {
@@ -94,7 +94,10 @@ def compile_kernel(
     unaligned: tuple[str, ...] = (),
     descriptors: dict[str, tuple[int, int]] | None = None,
 ) -> Compiled:
-    """A kernel whose integers are multiples of 16 but for ``unaligned``. ``descriptors``: the tiles of those given."""
+    """Compile a kernel whose integer arguments are multiples of 16, except for those named in ``unaligned``.
+
+    descriptors: the tile of each argument that is a tensor descriptor.
+    """
     descriptors = descriptors or {}
 
     def type_of(name: str) -> str:
@@ -119,7 +122,7 @@ def compile_kernel(
         },
     )
     target, options = GPUTarget("cuda", arch, 32), {**options, "enable_fp_fusion": True}
-    # ptxas says what it could not do in its log alone, which Triton prints when it compiles and not when it has kept.
+    # Only ptxas's log tells of serialized matrix instructions. Triton prints it when it compiles, not on a cache hit.
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True

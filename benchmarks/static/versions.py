@@ -1,12 +1,13 @@
-"""The tests on other versions of transformers and Triton, each installed into a folder of its own.
+"""Other versions of transformers and Triton: install each into a folder of its own, and run a command under it.
 
-What touches Hugging Face runs on each version of transformers, the interpreter's tests and the launcher over its stub
-driver on each of Triton. The pinned versions stay where they are: a folder goes before them on PYTHONPATH. Folders are
-kept in ``.versions/``.
+``versions`` runs the tests: those of Hugging Face's side on each transformers, those of kernels and launcher on each
+Triton. ``matrix`` compiles every configuration shipped or offered to the tuner with each Triton. The pinned versions
+stay where they are: a folder goes before them on PYTHONPATH. Folders are kept in ``.versions/``.
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -14,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 from rich.table import Table
 
-from .records import ROOT
+from ..records import ROOT
 
 FOLDER = ROOT / ".versions"
 # Beside the pinned and the newest. pyproject.toml asks for at least the first; 5.17.0 and 3.6.0 are on a GPU machine of
@@ -53,7 +55,8 @@ TESTS = {
         "tests/kernel/test_interpreter.py",
         "tests/kernel/test_launch.py",
         "tests/kernel/test_memory.py",
-        "tests/kernel/test_variants.py",
+        "tests/ops/test_autograd.py",
+        "tests/ops/test_compiled.py",
         "tests/ops/test_ops.py",
         "tests/ops/test_properties.py",
         "tests/ops/test_recompute.py",
@@ -70,27 +73,22 @@ def pinned(package: str) -> str:
 
 
 def newest(package: str) -> str:
-    """The newest version that pip would install here; without a network, the newest that was installed before."""
+    """Return the newest version that pip would install; without a network, the newest that was installed before."""
     answer = _pip("index", "versions", package)
     found = re.match(rf"{package} \(([\d.]+)\)", answer.stdout)
     if found is not None:
         return found[1]
     kept = [path.name.removeprefix(f"{package}-") for path in FOLDER.glob(f"{package}-[0-9]*")]
     version = max([*kept, pinned(package)], key=_numbers)
-    why = _last_line(answer.stderr)
-    print(f"pip cannot say which {package} is the newest ({why}): taking {version}", file=sys.stderr)
+    print(f"pip cannot say which {package} is the newest ({_last_line(answer)}): taking {version}", file=sys.stderr)
     return version
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
-
-
 def named(package: str, names: str) -> list[str]:
-    """Versions from ``oldest,pinned,newest`` or numbers, each once.
+    """Return the versions that ``oldest,pinned,newest`` or numbers stand for, each once.
 
     Raises:
-        NoVersion: one is named that no package index could have.
+        NoVersion: a name is neither of these.
     """
     known = {"oldest": lambda: TESTED[package][0], "pinned": lambda: pinned(package), "newest": lambda: newest(package)}
     versions = [known[name]() if name in known else name for name in names.split(",")]
@@ -101,7 +99,7 @@ def named(package: str, names: str) -> list[str]:
 
 
 def environment(package: str, version: str) -> dict[str, str]:
-    """The environment of a process that imports a version of a package, which is installed if it has to be.
+    """Return the environment of a process that imports a version of a package, and install the version if needed.
 
     Raises:
         NoVersion: pip cannot install it.
@@ -112,13 +110,13 @@ def environment(package: str, version: str) -> dict[str, str]:
     folder = FOLDER / f"{package}-{version}"
     if not folder.exists():
         FOLDER.mkdir(exist_ok=True)
-        # Renamed when complete, so that an installation that was cut off is not taken for one.
+        # Renamed when complete, so that an interrupted installation is not taken for a complete one.
         partial = tempfile.mkdtemp(dir=FOLDER)
         packages = (f"{package}=={version}", *BESIDE.get((package, version), ()))
         installed = _pip("install", "--quiet", "--no-deps", "--target", partial, *packages)
         if installed.returncode:
             shutil.rmtree(partial)
-            raise NoVersion(f"pip cannot install {package} {version}: {_last_line(installed.stderr)}")
+            raise NoVersion(f"pip cannot install {package} {version}: {_last_line(installed)}")
         os.rename(partial, folder)
     return variables | {"PYTHONPATH": str(folder)}
 
@@ -128,12 +126,16 @@ def _pip(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it says nothing"])[-1]
+def _last_line(done: "subprocess.CompletedProcess[str]") -> str:
+    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}, no message"])[-1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def readme_sentence() -> str:
-    """What README says of the versions that are tested."""
+    """Return the README's sentence about the versions that are tested."""
     tested = [sorted((*versions, pinned(package)), key=_numbers) for package, versions in TESTED.items()]
     lists = [f"{', '.join(versions)} and the newest" for versions in tested]
     torch = pinned("torch").partition("+")[0]
@@ -144,7 +146,7 @@ def readme_sentence() -> str:
 
 
 def run_tests(package: str, version: str, arguments: list[str]) -> tuple[bool, str]:
-    """Whether the package's tests pass on a version, and pytest's closing line."""
+    """Return whether the package's tests pass on a version, and pytest's closing line."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "-p", "no:cacheprovider"]
     variables = environment(package, version) | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -187,4 +189,41 @@ def main(argv: list[str]) -> int:
         print(f"python -m benchmarks versions: {error}", file=sys.stderr)
         return 2
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return int(bool(failed))
+
+
+def compile_all(arch: str, version: str) -> list[str]:
+    """Return what ``python -m benchmarks sass`` finds wrong with an architecture's kernels under a Triton."""
+    command = [sys.executable, "-m", "benchmarks", "sass", "--arch", arch]
+    done = subprocess.run(command, cwd=ROOT, env=environment("triton", version), capture_output=True, text=True)
+    broken = [line for line in done.stderr.splitlines() if line.startswith("budget broken:")]
+    return broken or ([_last_line(done)] if done.returncode else [])
+
+
+def matrix(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks matrix", description=__doc__)
+    parser.add_argument(
+        "--arch", default="80,86,89,90,100,120", help="compute capabilities, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tritons", default="oldest,pinned,3.8.0,newest", help="versions, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    arguments = parser.parse_args(argv)
+    try:
+        versions = named("triton", arguments.tritons)
+        for version in versions:
+            environment("triton", version)
+    except NoVersion as error:
+        print(f"python -m benchmarks matrix: {error}", file=sys.stderr)
+        return 2
+    pairs = list(itertools.product(arguments.arch.split(","), versions))
+    failed = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (arch, version), broken in zip(pairs, pool.map(lambda pair: compile_all(*pair), pairs), strict=True):
+            print(
+                f"sm_{arch}, Triton {version}: {f'{len(broken)} broken' if broken else 'every limit kept'}", flush=True
+            )
+            print("".join(f"  {line}\n" for line in broken), end="")
+            failed += bool(broken)
     return int(bool(failed))

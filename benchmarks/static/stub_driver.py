@@ -1,17 +1,15 @@
-"""Triton's real launcher over a CUDA driver that does nothing (``libcuda_stub.c``), for a process without a GPU.
+"""Run Triton's real launcher over a CUDA driver that does nothing (``libcuda_stub.c``), in a process without a GPU.
 
 The parent builds the stub and starts a child with ``environment``; the child calls ``install`` before it imports a
 kernel. From then on CPU tensors take the kernels' path in that process: Triton specialises, compiles for sm_90 and
 launches as on an H100, and the driver at the end returns. Nothing is computed, so results are meaningless.
 
-What stands in for something else:
+It replaces:
 
-- the driver itself;
-- ``torch._C._cuda_getDevice`` and ``torch._C._cuda_getCurrentRawStream``, which a CPU-only torch lacks and which are
-  builtin functions, by builtin functions that return a constant. A CPU tensor's device index is -1, so that is the
-  current device;
-- the check whether a device has kernels, by the same check of ``cuda:0``;
-- ``torch.empty`` is the CPU's.
+- the driver;
+- ``torch._C._cuda_getDevice`` and ``torch._C._cuda_getCurrentRawStream``, which a CPU-only torch lacks, by other
+  builtin functions that return a constant. The current device is -1, the device index of a CPU tensor;
+- the check whether a device has kernels, by the same check of ``cuda:0``.
 """
 
 import ctypes
@@ -27,12 +25,12 @@ SOURCE = Path(__file__).with_name("libcuda_stub.c")
 ARCH = 90
 SMS = 132
 DEVICE = -1
-streams = {DEVICE: 0x5EED}  # what the current stream of a device is; tests change it
+streams = {DEVICE: 0x5EED}  # each device's current stream; tests change it
 MAX_PARAMS = 64
 
 
 class StubError(RuntimeError):
-    """The stub driver cannot be had here; the message is one sentence that says why."""
+    """The stub driver cannot be built here; the message is one sentence that says why."""
 
 
 class Launch(ctypes.Structure):
@@ -49,7 +47,7 @@ class Launch(ctypes.Structure):
 
 
 def build(directory: Path) -> None:
-    """Compile ``libcuda.so.1`` into ``directory`` with the compiler that Triton would take. Raises ``StubError``."""
+    """Compile ``libcuda.so.1`` into ``directory`` with the compiler that Triton would use. Raises ``StubError``."""
     if sys.platform != "linux":
         raise StubError(f"Triton's launcher needs Linux, and this is {sys.platform}")
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -67,7 +65,7 @@ def build(directory: Path) -> None:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """The environment of a child that is to ``install`` the stub built in ``directory``: no GPU, no interpreter."""
+    """Return the environment of a child that can ``install`` the stub built in ``directory``."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BERT_FUSED_DISABLE")}
     return inherited | {
         "LD_PRELOAD": str(directory / "libcuda.so.1"),
@@ -78,7 +76,7 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def install() -> ctypes.CDLL:
-    """Send this process's kernels to the stub, which is returned. Needs ``environment``."""
+    """Send this process's kernels to the stub, and return the stub. The process needs ``environment``."""
     stub = ctypes.CDLL("libcuda.so.1")
     stub.stub_launches.restype = ctypes.c_int64  # an AttributeError here: a real driver is loaded
     stub.stub_last_launch.restype = ctypes.POINTER(Launch)

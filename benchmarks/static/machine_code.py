@@ -1,23 +1,67 @@
-"""What machine code and ptxas's log say of a kernel: resources, waits in the loop over K, and the order of loads."""
+"""Read a compiled kernel: its resources, the waits in its loop over K, and the order of its loads."""
 
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 
+from bert_fused.kernels.configs import SHARED_MEMORY
+
+from .compile import Compiled
+
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 INSTRUCTION = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*))", re.MULTILINE)
+
+REGISTERS_PER_SM = 65536
+# Bytes of an SM's shared memory that the system takes for each block.
+RESERVED = 1024
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
+# The same in PTX.
+PTX_INSTRUCTION = {"HMMA": "mma.sync", "HGMMA": "wgmma.mma_async", "UTCHMMA": "tcgen05.mma"}
 
 Instructions = list[tuple[str, str]]  # name and operands
 Labels = dict[str, int]  # the instruction that each label stands before
 
 
-def read_log(log: str) -> dict[str, object]:
-    """Of ``ptxas -v``: registers, bytes that a thread keeps in memory for want of them, and C75xx messages.
+def matrix_instruction(arch: int, block_m: int) -> str:
+    """Return what multiplies tiles: Hopper's and Blackwell's own instructions need 64 rows."""
+    return MATRIX_INSTRUCTION[arch] if block_m >= 64 else "HMMA"
 
-    C75xx are about ``wgmma``: what they call a potential loss is a wait after every matrix instruction.
+
+def inspect(compiled: Compiled, arch: int, tile: int = 1, block_m: int = 64, *, code: bool = True) -> dict[str, Any]:
+    """Return the resources of a compiled kernel.
+
+    tile: output elements that a block computes. code: whether to disassemble it as well, to count instructions and
+    waits; that takes as long as compiling.
+    """
+    ptx, shared, num_warps = compiled.asm["ptx"], compiled.metadata.shared, compiled.metadata.num_warps
+    row: dict[str, Any] = read_log(compiled.ptxas)
+    row |= {
+        "shared_bytes": shared,
+        "ctas_per_sm": min(
+            REGISTERS_PER_SM // (-(-row["registers"] // 8) * 8 * 32 * num_warps),
+            (SHARED_MEMORY[arch] + RESERVED) // (shared + RESERVED),
+        ),
+        "matrix": ", ".join(name for name in PTX_INSTRUCTION.values() if name in ptx),
+        "approximate_tanh": "tanh.approx" in ptx,
+        "serialized": bool(row["ptxas"]),
+    }
+    if code:
+        instructions, labels = disassembled(compiled.asm["cubin"])
+        product = read_product(instructions, labels, matrix_instruction(arch, block_m))
+        row |= product | {"instructions": len(instructions)}
+        row["epilogue_per_element"] = round(product["epilogue"] * num_warps * 32 / tile, 1)
+        row["serialized"] |= 0 < product["products"] <= product["waits"]
+    return row
+
+
+def read_log(log: str) -> dict[str, object]:
+    """Return the registers, the bytes that a thread spills, and the C75xx messages in the output of ``ptxas -v``.
+
+    C75xx are about ``wgmma``: the potential loss that they name is a wait after every matrix instruction.
     """
     registers = re.search(r"Used (\d+) registers", log)
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -47,8 +91,8 @@ def listing(sass: str) -> tuple[Instructions, Labels]:
 
 
 def read_product(instructions: Instructions, labels: Labels, matrix: str) -> dict[str, object]:
-    """Of a product by instructions named ``matrix``: how many the loop over K has, how often it waits for them, how
-    many instructions follow the loop, and in which order bias and tile are loaded and used."""
+    """Count the instructions named ``matrix`` in the loop over K, the loop's waits for them, and the instructions after
+    the loop; find in which order bias and tile are loaded and used."""
     products = [i for i, (name, _) in enumerate(instructions) if name.startswith(matrix)]
     if not products:
         return {"products": 0, "waits": 0, "epilogue": 0, "order": ""}
@@ -59,9 +103,9 @@ def read_product(instructions: Instructions, labels: Labels, matrix: str) -> dic
 
 
 def _loop(instructions: Instructions, labels: Labels, last_product: int) -> tuple[int, int, int]:
-    """First and last instruction of the loop over K, and how many lie between it and the end of the tile.
+    """Return the loop over K's first and last instruction, and the number of instructions from it to the tile's end.
 
-    The loop's own last instructions are no part of those, nor is what lies behind the exit: waiting loops and padding.
+    Waiting loops and padding behind the exit are not counted.
     """
     exits = [i for i, (name, _) in enumerate(instructions) if name == "EXIT"]
     branches_back = [
@@ -73,15 +117,15 @@ def _loop(instructions: Instructions, labels: Labels, last_product: int) -> tupl
         and labels[target[0]] <= last_product
     ]
     end, start = branches_back[0] if branches_back else (last_product, 0)
-    # A persistent block's tile ends where it branches back for the next.
+    # A persistent block's tile ends at the branch back to the next tile.
     end_of_tile = branches_back[1][0] if len(branches_back) > 1 else exits[-1]
     return start, end, end_of_tile - end
 
 
 def _order(instructions: Instructions, first_product: int) -> str:
-    """When the bias and the first tile are asked for, and when the bias is first used, which is to wait for it.
+    """Return in which order the bias and the first tile are loaded, and the bias is first used, which waits for it.
 
-    Tiles are loaded by instructions of their own, so that a plain load is one of the bias.
+    Tiles are loaded by special instructions, so a plain load is one of the bias.
     """
     found = {"multiply": first_product}
     bias: set[int] = set()
@@ -99,7 +143,7 @@ def _order(instructions: Instructions, first_product: int) -> str:
 
 
 def hides_bias(order: str) -> bool:
-    """Whether the bias is loaded before the product, and the first tile before the bias is waited for."""
+    """Return whether the bias is loaded before the product, and the first tile before the wait for the bias."""
     steps = order.split(", ")
     if len(steps) != 4:
         return False

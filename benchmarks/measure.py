@@ -1,4 +1,4 @@
-"""The rivals of one case in one process: each is checked, then all are timed in turns, and each gives one record."""
+"""Check the rivals of one case, then time them in turns; and measure what this machine reaches at best."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bert_fused.timing import (
     MIN_CALLS,
@@ -26,14 +27,15 @@ from bert_fused.timing import (
 
 Inputs = tuple[Any, ...]
 BASELINES = ("eager", "F.linear")
+CEILING_ROUNDS = 10
 
 
 @dataclass(frozen=True)
 class Implementation:
     """A way to compute a case.
 
-    calls: given sets of inputs, one call for each set. config: the kernel it chose, where it says. computes: the
-    activation it applies, where that is not the case's. graphs: it replays CUDA graphs of its own, so that its calls
+    calls: given sets of inputs, returns one call for each set. config: the kernel that serves, if known. computes: the
+    activation that it applies instead of the case's. graphs: it replays CUDA graphs of its own, so that its calls
     cannot be captured in another. packs: it leaves padding out, which an encoder cannot do while a graph is captured: a
     graph of it would hold the dense path.
     """
@@ -47,12 +49,12 @@ class Implementation:
 
 
 def each(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:
-    """The calls of an implementation that is just a function of the inputs."""
+    """Return the calls of an implementation that is a function of the inputs."""
     return lambda sets: [functools.partial(function, *inputs) for inputs in sets]
 
 
 def graphed(function: Callable[..., Any], copied: int = 0) -> Callable[[Sequence[Inputs]], list[Call]]:
-    """The calls of a function captured in a CUDA graph, as servers do: the first ``copied`` inputs are copied in.
+    """Return the calls of a function captured in a CUDA graph, as servers do; ``copied`` inputs are copied in.
 
     A module's input is already in the graph of the model around it; a model's comes from outside.
     """
@@ -82,8 +84,8 @@ class Problem:
     """A case with its data.
 
     sets: inputs, so many that none is in cache when its turn comes. check: given an implementation, a function that
-    calls it and a set of inputs, its errors; raises ValueError if they are too large. flops and bytes: of the matrix
-    products and their operands, one call. min_calls: how many calls one sample takes. fill: the share of tokens that
+    calls it and a set of inputs, returns its errors; raises ValueError if they are too large. flops and bytes: of one
+    call's matrix products and their operands. min_calls: the fewest calls in a sample. fill: the share of tokens that
     are not padding.
     """
 
@@ -104,9 +106,9 @@ def measure(
     deadline: float = math.inf,
     state: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Check and time the rivals. One row each; one that fails has an error and no figure.
+    """Check and time the rivals, and return a row for each; a rival that fails has an error and no figure.
 
-    ``state`` reads the device's, before all and while it is warm from each clock's rounds.
+    ``state`` reads the device's state: before all, and after each clock's rounds while the device is warm.
     """
     states = {"before": state()}
     synchronize: Call = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -126,7 +128,7 @@ def measure(
             if device == "cuda":
                 samplers["gpu"][rival.name], methods[rival.name] = _gpu_sampler(calls, rival)
             samplers["wall"][rival.name] = wall_sampler(calls, synchronize)
-        except Exception as error:  # that a rival does not compile or run is a result as well
+        except Exception as error:  # a rival that does not compile or run is a result as well
             row["error"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             for of_clock in samplers.values():
                 of_clock.pop(rival.name, None)
@@ -148,13 +150,13 @@ def measure(
 
 
 def _prepare(problem: Problem, rival: Implementation, device: str, synchronize: Call) -> dict[str, Any]:
-    """The first call, which compiles whatever compiles; the memory of one more; the errors."""
+    """Make the first call, which compiles; return its seconds, the memory of a second call, and the errors."""
     begin = time.monotonic()
     (call,) = rival.calls(problem.sets[:1])
     call()
     synchronize()
     row: dict[str, Any] = {"compile_seconds": round(time.monotonic() - begin, 3), "peak_bytes": None}
-    if device == "cuda" and not rival.graphs:  # whose memory was taken when they were captured
+    if device == "cuda" and not rival.graphs:  # a graph's memory was allocated when it was captured
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -166,7 +168,7 @@ def _prepare(problem: Problem, rival: Implementation, device: str, synchronize: 
 
 
 def checked(problem: Problem, rival: Implementation) -> dict[str, float]:
-    """A rival's errors; raises ValueError if they are too large."""
+    """Return a rival's errors; raises ValueError if they are too large."""
 
     def once(*inputs: Any) -> Any:
         (call,) = rival.calls([inputs])
@@ -179,13 +181,13 @@ def _gpu_sampler(calls: Sequence[Call], rival: Implementation) -> tuple[Sampler,
     if not (rival.graphs or rival.packs):
         try:
             return graph_sampler(calls), "graph"
-        except RuntimeError:  # what synchronises or allocates cannot be captured
+        except RuntimeError:  # a call that synchronises or allocates cannot be captured
             torch.cuda.synchronize()
     return event_sampler(calls), "events"
 
 
 def figures(samples: list[float], method: str, baselines: dict[str, list[float]]) -> dict[str, Any]:
-    """What a record says of one clock. ``method``: how it was read, "graph", "events" or "wall"."""
+    """Return a record's entry for one clock. ``method``: how it was read, "graph", "events" or "wall"."""
     summary = summarize(samples)
     return {
         "method": method,
@@ -195,3 +197,36 @@ def figures(samples: list[float], method: str, baselines: dict[str, list[float]]
         "ratio_to": {name: dataclasses.asdict(ratio(baseline, samples)) for name, baseline in baselines.items()},
         "samples_us": [round(sample, 4) for sample in samples],
     }
+
+
+def rms_error(result: Tensor, exact: Tensor) -> float:
+    return (result.double() - exact.double()).square().mean().sqrt().item()
+
+
+@functools.cache
+def matmul_tflops(device: str, dtype: str) -> float:
+    """Return TFLOP/s of a large matrix product; ``dtype`` as in a case, with torch's fp32 setting as it is."""
+    size = 256 if device == "cpu" else 4096 if dtype == "float32" else 8192
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    return 2e-6 * size**3 / _microseconds(device, lambda: torch.mm(a, b))
+
+
+@functools.cache
+def copy_tb_per_s(device: str) -> float:
+    """Return TB/s of a large copy, bytes read and written."""
+    size = 2**24 if device == "cpu" else 2**30
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2e-6 * size / _microseconds(device, lambda: target.copy_(source))
+
+
+def roofline_us(device: str, dtype: str, flops: float, bytes: float) -> float:
+    """Return the least time that these two ceilings allow."""
+    return max(1e-6 * flops / matmul_tflops(device, dtype), 1e-6 * bytes / copy_tb_per_s(device))
+
+
+def _microseconds(device: str, call: Call) -> float:
+    calls = repeated([call])
+    sampler = graph_sampler(calls) if device == "cuda" else wall_sampler(calls, lambda: None)
+    return summarize(interleave({"it": sampler}, rounds=CEILING_ROUNDS)["it"]).median

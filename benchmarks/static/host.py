@@ -1,15 +1,15 @@
-"""What a module call costs the host: ours against Hugging Face's eager module, on any Linux machine without a GPU.
+"""Time what a module call costs the host, ours and Hugging Face's eager module, on any Linux machine without a GPU.
 
-Ours goes through Triton's real launcher over a driver that launches nothing (``stub_driver.py`` says what stands in for
-what), so that only Python, torch and Triton are timed. Eager's module computes, on the CPU, from the same tensors: fp32
-ones so small that its arithmetic costs next to nothing, and without oneDNN, whose GELU takes 6 us to set up. What eager
-pays on a GPU to choose a cuBLAS kernel and for a second launch is missing, which favours it. TF32 is allowed, so that
-fp32 takes our Triton kernel.
+Ours goes through Triton's real launcher over a driver that launches nothing (see ``stub_driver.py``), so that only
+Python, torch and Triton are timed. Eager's module computes on the CPU from the same tensors: fp32 ones so small that
+its arithmetic costs next to nothing, and without oneDNN, whose GELU takes 6 us to set up. On a GPU eager would also
+choose a cuBLAS kernel and launch a second kernel; leaving these out favours it. TF32 is allowed, so that fp32 takes our
+Triton kernel.
 
 ``grad`` is a forward call that builds the graph, on an input that requires a gradient, as every layer's does in
-training; in ``frozen_grad`` only the parameters do. Nothing runs backward. The microseconds are this machine's; what is
-held to a budget is the ratio of two samples taken in one round. Addresses and hashes differ between processes, and
-move a ratio by some hundredths, so that several processes take the samples, as pyperf's do.
+training; in ``frozen_grad`` only the parameters do. Nothing runs backward. The microseconds are this machine's; the
+budgets limit the ratio of two samples taken in one round. Addresses and hashes differ between processes, and move a
+ratio by some hundredths, so several processes take the samples, as pyperf's do.
 """
 
 import argparse
@@ -25,8 +25,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_fused.timing import interleave, ratio, summarize
+
+from ..records import ROOT
 from . import stub_driver
-from .records import ROOT
 
 # Ours over eager's: docs/design/host.md.
 BUDGETS = {"nograd": 0.75, "grad": 1.0}
@@ -45,7 +47,7 @@ Samples = dict[str, list[float]]
 
 
 def measure(rounds: int, planted_us: float) -> Samples:
-    """Time everything in this process, which ``stub_driver`` must have been made for. ``planted_us`` slows ours."""
+    """Time all calls in this process, which needs ``stub_driver.environment``. ``planted_us`` slows ours down."""
     stub = stub_driver.install()
 
     import torch
@@ -57,7 +59,6 @@ def measure(rounds: int, planted_us: float) -> Samples:
     from bert_fused.kernels.linear_act import linear_act_fwd
     from bert_fused.kernels.lookup import get_config
     from bert_fused.kernels.plan import key_of, plans
-    from bert_fused.timing import interleave
 
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(False)
@@ -95,7 +96,7 @@ def measure(rounds: int, planted_us: float) -> Samples:
         launched = stub.stub_launches() - before
         assert launched == ("eager" not in name), f"{name} launched {launched} kernels"
     gc.collect()
-    gc.freeze()  # what importing left behind is not walked while timing
+    gc.freeze()  # so that no collection while timing visits the objects that imports created
     samplers = {}
     for name, call in calls.items():
         samplers[name] = functools.partial(_sample, call, torch.set_grad_enabled, name.endswith("_grad"))
@@ -103,10 +104,7 @@ def measure(rounds: int, planted_us: float) -> Samples:
 
 
 def figures_of(processes: Sequence[Samples]) -> dict[str, Any]:
-    """Medians, and ours over eager's with an interval, of the samples that several processes took."""
-    # Not above: a process that measures must install the stub before it imports torch.
-    from bert_fused.timing import ratio, summarize
-
+    """Return medians, and the ratios of ours to eager's with intervals, of the samples of several processes."""
     samples = {name: [value for one in processes for value in one[name]] for name in processes[0]}
     figures: dict[str, Any] = {f"{name}_us": summarize(values).median for name, values in samples.items()}
     for kind in ("", "pooler_"):
@@ -118,7 +116,7 @@ def figures_of(processes: Sequence[Samples]) -> dict[str, Any]:
 
 
 def _sample(call: Call, set_grad_enabled: Callable[[bool], Any], grad: bool) -> float:
-    """Processor time, not the wall's: a busy machine takes the processor away for longer than all calls need."""
+    """Return processor time a call: on a busy machine wall time contains the turns of other processes."""
     set_grad_enabled(grad)
     start = time.thread_time()
     for _ in range(CALLS):
@@ -137,7 +135,7 @@ def _slowed(function: Callable[..., Any], microseconds: float) -> Callable[..., 
 
 
 def broken_budgets(figures: dict[str, Any]) -> list[str]:
-    """A sentence for each budget that the figures break."""
+    """Return a sentence for each budget that the figures exceed."""
     return [
         f"with {mode}, a call costs {figures[f'{mode}_ratio']:.2f} of eager's, and the budget is {budget:.2f}"
         for mode, budget in BUDGETS.items()
@@ -164,13 +162,15 @@ def print_table(figures: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """0: within the budgets; 1: a budget is broken; 2: nothing could be measured here."""
+    """Return 0 within the budgets, 1 if one is exceeded, 2 if nothing can be measured here."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each (default {ROUNDS})")
-    parser.add_argument("--processes", type=int, default=PROCESSES, help=f"that take them (default {PROCESSES})")
+    parser.add_argument(
+        "--processes", type=int, default=PROCESSES, help=f"processes that take them (default {PROCESSES})"
+    )
     parser.add_argument("--plant", type=float, default=0.0, metavar="US", help="slow ours down, to see the gate fail")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         rounds = math.ceil(arguments.rounds / arguments.processes)
-        command = [sys.executable, "-m", "benchmarks.host", str(rounds), str(arguments.plant)]
+        command = [sys.executable, "-m", "benchmarks.static.host", str(rounds), str(arguments.plant)]
         environment = stub_driver.environment(Path(folder))
         processes = []
         for _ in range(arguments.processes):
