@@ -18,7 +18,7 @@ from reference64 import (
     with_layout,
 )
 
-from bert_fused.kernels import linear_act
+from bert_fused.kernels import elementwise, linear_act
 from bert_fused.kernels.configs import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
