@@ -43,12 +43,12 @@ def unwritten(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def raising(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def raising(*_: Tensor) -> Tensor:
     raise RuntimeError("out of resources\nand more")
 
 
 def refused(problem: Any, wrong: Implementation) -> str:
-    """Why the wrong one got no figure; the right ones beside it must have got theirs."""
+    """The error of the wrong one, which has no figure; the right ones beside it have theirs."""
     problem = dataclasses.replace(problem, implementations=[wrong, *problem.implementations])
     first, *rest = measure.measure(problem, device="cpu", rounds=2)
     assert first["implementation"] == wrong.name
@@ -214,15 +214,13 @@ def test_without_padding_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_ceilings_are_rates_of_product_and_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_microseconds", lambda device, call: 2.0)
-    measure.matmul_tflops.cache_clear()
-    measure.copy_tb_per_s.cache_clear()
+    monkeypatch.setattr(measure, "matmul_tflops", measure.matmul_tflops.__wrapped__)
+    monkeypatch.setattr(measure, "copy_tb_per_s", measure.copy_tb_per_s.__wrapped__)
     tflops, tb_per_s = measure.matmul_tflops("cpu", "float32"), measure.copy_tb_per_s("cpu")
     assert tflops == pytest.approx(2 * 256**3 / 2e-6 / 1e12)
     assert tb_per_s == pytest.approx(2 * 2**24 / 2e-6 / 1e12)
     assert measure.roofline_us("cpu", "float32", 1e12, 1.0) == pytest.approx(1e6 / tflops)
     assert measure.roofline_us("cpu", "float32", 1.0, 1e12) == pytest.approx(1e6 / tb_per_s)
-    measure.matmul_tflops.cache_clear()
-    measure.copy_tb_per_s.cache_clear()
 
 
 def test_measure_leaves_all_rivals_out_after_the_deadline() -> None:
@@ -263,11 +261,10 @@ def test_unpadded_rivals_leave_padding_out_while_timed(head: bool, monkeypatch: 
 
         return sample
 
-    def watched(samplers: dict[str, Any], **options: Any) -> dict[str, list[float]]:
+    def watched(samplers: dict[str, Any], rounds: int, deadline: float) -> dict[str, list[float]]:
         taken = {}
-        for name, sampler in samplers.items():
-            timed[0] = name
-            taken[name] = [sampler() for _ in range(options["rounds"])]
+        for timed[0], sampler in samplers.items():
+            taken[timed[0]] = [sampler() for _ in range(rounds)]
         return taken
 
     monkeypatch.setattr(encoder, "packing_of", counted)
