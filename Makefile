@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models docs pictures numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models docs numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -45,9 +45,6 @@ models: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(PY) -m sphinx -W --keep-going -n -q -E -b html docs/api build/api
-
-pictures: $(VENV)/.test
-	PYTHONPATH=. $(PY) docs/draw.py
 
 numerics: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/support/numerics.py $(ARGS)

@@ -67,10 +67,6 @@ def ours(model: nn.Module) -> Runner:
     return Outputs(fused_copy(model))
 
 
-def unpadded(model: nn.Module) -> Runner:
-    return Outputs(fused_copy(model, unpad=True))
-
-
 def pooled(model: nn.Module) -> Runner:
     """Return a runner whose hidden states are ``[B, 1, H]``, for a caller that reads position 0 only."""
     return Outputs(fused_copy(model, unpad=True, cls_only=True), Request(None, needs_first=True, only_first=True))
@@ -82,19 +78,16 @@ def fused_copy(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-# Makes each implementation from a model. The ratio of "eager" and "eager again" is the noise floor.
-BUILDERS: dict[str, Callable[[nn.Module], Runner]] = {
+Builders = dict[str, Callable[[nn.Module], Runner]]
+# Each makes an implementation from a model. The ratio of "eager" and "eager again" is the noise floor.
+BUILDERS: Builders = {
     "ours": ours,
-    "ours unpadded": unpadded,
+    "ours unpadded": lambda model: Outputs(fused_copy(model, unpad=True)),
     "ours unpadded, position 0 only": pooled,
     "eager": eager,
     "eager again": eager,
 }
-COMPILED: dict[str, Callable[[nn.Module], Runner]] = {
-    "torch.compile": lambda model: torch.compile(Outputs(model), dynamic=False),
-    "ours and torch.compile": lambda model: torch.compile(Outputs(fused_copy(model)), dynamic=False),
-}
-CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
+CLASSIFIERS: Builders = {
     "ours": lambda model: Logits(fused_copy(model)),
     "ours, position 0 only": lambda model: Logits(fused_copy(model, cls_only="auto")),
     "ours unpadded": lambda model: Logits(fused_copy(model, unpad=True)),
@@ -102,13 +95,16 @@ CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
     "eager": Logits,
     "eager again": Logits,
 }
-COMPILED_CLASSIFIERS: dict[str, Callable[[nn.Module], Runner]] = {
-    "torch.compile": lambda model: torch.compile(Logits(model), dynamic=False),
-}
 # The implementations in both that leave padding out.
 PACKED = ("ours unpadded", "ours unpadded, position 0 only")
-GRAPHED = {"eager in a CUDA graph": eager, "ours in a CUDA graph": ours}
-TUNED: dict[str, Callable[[nn.Module], Runner]] = {
+# Only on a GPU.
+COMPILED: Builders = {
+    "torch.compile": lambda model: torch.compile(Outputs(model), dynamic=False),
+    "ours and torch.compile": lambda model: torch.compile(Outputs(fused_copy(model)), dynamic=False),
+}
+COMPILED_CLASSIFIERS: Builders = {"torch.compile": lambda model: torch.compile(Logits(model), dynamic=False)}
+GRAPHED: Builders = {"eager in a CUDA graph": eager, "ours in a CUDA graph": ours}
+TUNED: Builders = {
     "max-autotune": lambda model: torch.compile(Outputs(model), dynamic=False, mode="max-autotune"),
 }
 

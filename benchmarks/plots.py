@@ -1,6 +1,5 @@
-"""Draw the report's pictures as SVG: speed-up over M, share of the roofline, and ours against each rival."""
+"""Draw the report's pictures as SVG: speed-up over M, and ours against each rival."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,8 @@ from benchmarks.records import (
     is_slower,
     rivals,
     same_function,
-    share,
     speedup,
-    times,
 )
-from bert_fused.timing import Ratio
 
 LOST = "#c62828"
 COLOURS = {
@@ -41,10 +37,7 @@ def draw(groups: list[Group], out: Path) -> list[tuple[str, Path]]:
     pictures = []
     modules = _most_measured([group for group in groups if case_of(group)["suite"] == "modules"])
     if modules:
-        path = _over_rows(modules, out / "speedup.svg", "speed-up over eager", _speedup_over_eager, 1.0)
-        pictures.append(("Speed-up over eager", path))
-        path = _over_rows(modules, out / "roofline.svg", "share of the roofline's speed", _share, None)
-        pictures.append(("Share of the roofline", path))
+        pictures.append(("Speed-up over eager", _over_rows(modules, out / "speedup.svg")))
     for suite in dict.fromkeys(case_of(group)["suite"] for group in groups):
         of_suite = [group for group in groups if case_of(group)["suite"] == suite]
         pictures += _against_rivals(by_shape(of_suite[:MAX_ROWS]), suite, out / f"rivals-{suite}.svg")
@@ -61,51 +54,29 @@ def _most_measured(groups: list[Group]) -> list[Group]:
     return [group for group in groups if kind(group) == max(kinds, key=kinds.count)]
 
 
-def _speedup_over_eager(group: Group, name: str) -> Ratio | None:
-    return speedup(group, "eager", over=name)
-
-
-def _share(group: Group, name: str) -> Ratio | None:
-    reached = share(group[name]) if name in group and times(group[name]) else None
-    return Ratio(reached, reached, reached) if reached is not None else None
-
-
-def _over_rows(
-    groups: list[Group],
-    path: Path,
-    label: str,
-    value: Callable[[Group, str], Ratio | None],
-    reference: float | None,
-) -> Path:
+def _over_rows(groups: list[Group], path: Path) -> Path:
     """Draw a panel for each model and a line for each implementation over M."""
     models = list(dict.fromkeys(case_of(group)["model"] for group in groups))
-    figure, panels = plt.subplots(
-        1,
-        len(models),
-        figsize=(max(6.5, 1.5 + 3.6 * len(models)), 3.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = max(6.5, 1.5 + 3.6 * len(models)), 3.6
+    figure, panels = plt.subplots(1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, model in zip(panels[0], models, strict=True):
         of_model = [group for group in groups if case_of(group)["model"] == model]
         for name, colour in COLOURS.items():
             # A case measured both with standard and costlier rivals is shown by its standard figure.
             of_model.sort(key=lambda group: case_of(group)["rivals"] == "standard")
-            points = {case_of(group)["M"]: found for group in of_model if (found := value(group, name))}
-            if not points or (reference is not None and name == "eager"):
+            found = {case_of(group)["M"]: speedup(group, "eager", over=name) for group in of_model}
+            points = {M: point for M, point in found.items() if point}
+            if not points or name == "eager":
                 continue
             rows = sorted(points)
             middle = [points[M].median for M in rows]
             panel.plot(rows, middle, color=colour, label=name, linewidth=2 if name == OURS else 1.2, marker="o", ms=4)
-            panel.fill_between(
-                rows, [points[M].low for M in rows], [points[M].high for M in rows], color=colour, alpha=0.15, lw=0
-            )
-            if name == OURS and reference is not None:
+            low, high = [points[M].low for M in rows], [points[M].high for M in rows]
+            panel.fill_between(rows, low, high, color=colour, alpha=0.15, lw=0)
+            if name == OURS:
                 lost = [M for M in rows if is_slower(points[M])]
                 panel.plot(lost, [points[M].median for M in lost], "o", color=LOST, ms=7, zorder=3)
-        if reference is not None:
-            panel.axhline(reference, color=COLOURS["eager"], linewidth=1, linestyle="--")
+        panel.axhline(1, color=COLOURS["eager"], linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda M, _: f"{M:.0f}"))
         panel.tick_params(axis="x", rotation=45)
@@ -114,7 +85,7 @@ def _over_rows(
         case = case_of(of_model[0])
         panel.set_title(f"{model}  {case['K']}→{case['N']}", fontsize=10)
         panel.set_xlabel("rows M")
-    panels[0][0].set_ylabel(label)
+    panels[0][0].set_ylabel("speed-up over eager")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     case = case_of(groups[0])
@@ -134,15 +105,9 @@ def _against_rivals(groups: list[Group], suite: str, path: Path) -> list[tuple[s
     rows = [i for i in range(len(groups)) if any(i in of_rival for of_rival in found.values())]
     if not rows:
         return []
-    figure, panels = plt.subplots(
-        1,
-        len(found),
-        figsize=(max(6.5, 3.2 + 2.1 * len(found)), 1.5 + 0.24 * len(rows)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = max(6.5, 3.2 + 2.1 * len(found)), 1.5 + 0.24 * len(rows)
+    shared = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, panels = plt.subplots(1, len(found), figsize=size, **shared)
     for panel, (name, of_rival) in zip(panels[0], found.items(), strict=True):
         for y, i in enumerate(rows):
             if i in of_rival:

@@ -43,12 +43,12 @@ def unwritten(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def raising(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def raising(*_: Tensor) -> Tensor:
     raise RuntimeError("out of resources\nand more")
 
 
 def refused(problem: Any, wrong: Implementation) -> str:
-    """Why the wrong one got no figure; the right ones beside it must have got theirs."""
+    """The error of the wrong one, which has no figure; the right ones beside it have theirs."""
     problem = dataclasses.replace(problem, implementations=[wrong, *problem.implementations])
     first, *rest = measure.measure(problem, device="cpu", rounds=2)
     assert first["implementation"] == wrong.name
@@ -152,10 +152,10 @@ def test_a_problem_counts_flops_and_bytes() -> None:
     assert module.bytes == 2 * (48 * 64 + 96 * 64 + 48 * 96)
     training = linear.problem(dataclasses.replace(SMALL, suite="training"), "cpu")
     assert (training.flops, training.bytes) == (3 * module.flops, 3 * 2 * module.bytes)
-    for inputs in (module.sets, training.sets):
-        assert len({tensor.data_ptr() for tensors in inputs for tensor in tensors}) == sum(map(len, inputs))
-        assert all(tensors[0].float().std() > 0.5 for tensors in inputs)
-        assert len(inputs) >= 4
+    for sets in (module.sets, training.sets):
+        assert len({tensor.data_ptr() for inputs in sets for tensor in inputs}) == sum(map(len, sets))
+        assert len(sets) >= 4
+        assert min(inputs[0].float().std() for inputs in sets) > 0.5
 
 
 def test_a_model_counts_and_compares_only_real_tokens() -> None:
@@ -183,8 +183,7 @@ def test_a_classifier_is_compared_by_its_logits(monkeypatch: pytest.MonkeyPatch)
     assert list(rows) == list(models.CLASSIFIERS)
     assert "wrong result: RMS error of the logits" in rows.pop("shifted")["error"]
     assert {row["error"] for row in rows.values()} == {None}
-    short = rows["ours unpadded, position 0 only"]["accuracy"]
-    assert 0 < short["logits_rms"] < 1e-6
+    assert 0 < rows["ours unpadded, position 0 only"]["accuracy"]["logits_rms"] < 1e-6
 
 
 def test_without_padding_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,15 +213,13 @@ def test_without_padding_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_ceilings_are_rates_of_product_and_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_microseconds", lambda device, call: 2.0)
-    measure.matmul_tflops.cache_clear()
-    measure.copy_tb_per_s.cache_clear()
+    monkeypatch.setattr(measure, "matmul_tflops", measure.matmul_tflops.__wrapped__)
+    monkeypatch.setattr(measure, "copy_tb_per_s", measure.copy_tb_per_s.__wrapped__)
     tflops, tb_per_s = measure.matmul_tflops("cpu", "float32"), measure.copy_tb_per_s("cpu")
     assert tflops == pytest.approx(2 * 256**3 / 2e-6 / 1e12)
     assert tb_per_s == pytest.approx(2 * 2**24 / 2e-6 / 1e12)
     assert measure.roofline_us("cpu", "float32", 1e12, 1.0) == pytest.approx(1e6 / tflops)
     assert measure.roofline_us("cpu", "float32", 1.0, 1e12) == pytest.approx(1e6 / tb_per_s)
-    measure.matmul_tflops.cache_clear()
-    measure.copy_tb_per_s.cache_clear()
 
 
 def test_measure_leaves_all_rivals_out_after_the_deadline() -> None:
@@ -263,11 +260,10 @@ def test_unpadded_rivals_leave_padding_out_while_timed(head: bool, monkeypatch: 
 
         return sample
 
-    def watched(samplers: dict[str, Any], **options: Any) -> dict[str, list[float]]:
+    def watched(samplers: dict[str, Any], rounds: int, deadline: float) -> dict[str, list[float]]:
         taken = {}
-        for name, sampler in samplers.items():
-            timed[0] = name
-            taken[name] = [sampler() for _ in range(options["rounds"])]
+        for timed[0], sampler in samplers.items():
+            taken[timed[0]] = [sampler() for _ in range(rounds)]
         return taken
 
     monkeypatch.setattr(encoder, "packing_of", counted)
@@ -294,8 +290,8 @@ def test_a_rival_that_cannot_be_captured_is_timed_with_events(monkeypatch: pytes
     cpu = linear.problem(SMALL, "cpu")
     eager = next(rival for rival in cpu.implementations if rival.name == "eager")
     synchronising = Implementation("synchronising", lambda sets: [lambda c=c: c() for c in eager.calls(sets)])
-    own_graphs = dataclasses.replace(eager, name="graphs of its own", graphs=True)
-    problem = dataclasses.replace(cpu, implementations=[eager, synchronising, own_graphs], min_calls=20)
+    graphs = dataclasses.replace(eager, name="graphs of its own", graphs=True)
+    problem = dataclasses.replace(cpu, implementations=[eager, synchronising, graphs], min_calls=20)
     with torch.no_grad():
         rows = measure.measure(problem, device="cuda", rounds=2)
     assert [row["gpu"]["method"] for row in rows] == ["graph", "events", "events"]

@@ -1,6 +1,5 @@
 """The pages' code runs, their commands and links are valid, and the pictures and the API reference are current."""
 
-import itertools
 import os
 import re
 import shlex
@@ -14,12 +13,10 @@ import pytest
 
 import bert_fused
 from bert_fused.__main__ import parse
-from bert_fused.tune.candidates import chip_of, modelled_clocks
+from bert_fused.kernels.configs import Config
+from bert_fused.tune.candidates import EPILOGUE, ISSUE, LATENCY, chip_of, modelled_clocks, step_clocks
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
-import draw  # noqa: E402
-
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -113,36 +110,29 @@ def test_design_is_split_into_short_pages_that_its_readme_lists() -> None:
         assert page.name == "README.md" or f"| [{page.name}]({page.name}) |" in listed, page.name
 
 
-def drawn(svg: Path) -> list[str]:
-    """The texts of a picture, and its shapes to a tenth of a point."""
-    elements = [e for e in ET.parse(svg).iter() if e.tag.endswith(("}path", "}text"))]
-    shapes = [(element.get("d") or element.get("transform") or "") for element in elements]
-    rounded = [re.sub(r"-?\d+\.?\d*", lambda number: f"{float(number[0]):.1f}", shape) for shape in shapes]
-    return [shape + (element.text or "") for shape, element in zip(rounded, elements, strict=True)]
-
-
-def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
-    draw.main(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in draw.FOLDER.iterdir()}
-    for path in tmp_path.iterdir():
-        assert drawn(path) == drawn(draw.FOLDER / path.name), f"{path.name} is stale: make pictures"
-        assert "<dc:date>" not in path.read_text()
-
-
-def test_the_timeline_is_the_models_and_says_so() -> None:
-    """Its ends are the clocks of the cycle model for so many tiles on each SM."""
-    tiles = draw.TILES_PER_SM * chip_of(draw.ARCH).sms
-    columns = draw.N // draw.TILE.block_n
-    assert tiles % columns == 0
-    rows = tiles // columns * draw.TILE.block_m
-    configs = (draw.TILE, replace(draw.TILE, persistent=1))
-    for (title, timelines), config in zip(draw.timelines().items(), configs, strict=True):
-        end = max(start + length for spans in timelines for start, length, _ in spans)
-        assert end == modelled_clocks(config, rows, draw.N, draw.K, draw.ARCH), title
-        for spans in timelines:
-            for (start, length, _), (later, _, _) in itertools.pairwise(spans):
-                assert later >= start + length
-    assert "MODELLED, not measured" in (draw.FOLDER / "tile-timeline.svg").read_text()
+def test_the_timeline_shows_the_clocks_of_the_cycle_model() -> None:
+    """Each block's spans, four tiles on an SM: two blocks of a plain grid, then a persistent one."""
+    tile, (M, N, K), arch = Config("tma", "bfloat16", 128, 128, 64, 4, 3), (2816, 3072, 768), 90
+    assert M // tile.block_m * N // tile.block_n == 4 * chip_of(arch).sms
+    svg = ROOT / "docs" / "pictures" / "tile-timeline.svg"
+    lengths = {
+        "load": LATENCY,
+        "product": K / tile.block_k * step_clocks(tile, arch),
+        "epilogue": tile.block_m * tile.block_n * EPILOGUE / ISSUE,
+    }
+    ends = []
+    for block in ET.parse(svg).iterfind("{*}g"):
+        end = 0.0
+        for span in block:
+            start, length = float(span.get("x")), float(span.get("width"))
+            assert start >= end
+            assert length == lengths[span.get("class")]
+            end = start + length
+        ends.append(end)
+    for end, config in ((max(ends[:2]), tile), (ends[2], replace(tile, persistent=1))):
+        assert end == modelled_clocks(config, M, N, K, arch)
+        assert f": {end:,.0f} clocks" in svg.read_text()
+    assert "MODELLED, not measured" in svg.read_text()
 
 
 def test_the_api_reference_builds_without_a_warning(tmp_path: Path) -> None:
