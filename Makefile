@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(PY) -m bert_fused demo $(ARGS)
 
 test: $(VENV)/.test
-	$(PYTEST) -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadgroup -m "not alone" $(ARGS)
 
 # 5 is pytest's status where ARGS selects nothing.
 test-all: test $(VENV)/.dev $(VENV)/.examples

@@ -29,9 +29,8 @@ if INTERPRETED:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if GPU == (item.get_closest_marker("gpu") is not None)]
-    for name in ("slow", "alone"):
-        if name not in config.option.markexpr:
-            here = [item for item in here if item.get_closest_marker(name) is None]
+    if "slow" not in config.option.markexpr:
+        here = [item for item in here if item.get_closest_marker("slow") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in here])
     items[:] = here
     for item in items:
