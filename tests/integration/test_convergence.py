@@ -54,6 +54,7 @@ def test_fp32_training_has_eagers_losses(launches: list[str]) -> None:
     assert (ours - eager).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_bf16_training_is_as_near_to_fp32_as_eagers(launches: list[str]) -> None:
     """Rounding leads each seed away from its fp32 run; the fused model goes no further than eager."""
     away = {}

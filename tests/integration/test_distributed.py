@@ -26,6 +26,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     folders = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "support")])
     environment = os.environ | {"PYTHONPATH": folders, "TRITON_INTERPRET": "1"}

@@ -135,6 +135,7 @@ def test_the_timeline_shows_the_clocks_of_the_cycle_model() -> None:
     assert "MODELLED, not measured" in svg.read_text()
 
 
+@pytest.mark.slow
 def test_the_api_reference_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-E", "-b", "html", "docs/api"]
     done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)

@@ -126,6 +126,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.slow
 def test_wheel_has_what_it_needs_and_no_kernels_of_its_own(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -136,6 +137,7 @@ def test_wheel_has_what_it_needs_and_no_kernels_of_its_own(wheel: Path) -> None:
     assert "bert-fused = bert_fused.__main__:main" in entry_points
 
 
+@pytest.mark.slow
 def test_sdist_makes_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -148,6 +150,7 @@ def test_sdist_makes_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) ->
         }
 
 
+@pytest.mark.slow
 def test_version_comes_from_one_place(wheel: Path, sdist: Path) -> None:
     version = bert_fused.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
@@ -162,6 +165,7 @@ def test_version_comes_from_one_place(wheel: Path, sdist: Path) -> None:
     assert f'"{version}"' not in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.slow
 def test_wheel_works_in_a_clean_environment(installed: Path, tmp_path: Path) -> None:
     out = run([installed, ROOT / "tests/project/smoke.py"], cwd=tmp_path, TRITON_INTERPRET="1")
     assert json.loads(out)["bert_fused"] == bert_fused.__version__
