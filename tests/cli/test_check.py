@@ -97,10 +97,10 @@ def test_the_times_are_of_what_they_say(tmp_path, capsys, monkeypatch) -> None:
     assert gain["rounds"] == 5
     assert gain["interval"][1] < 0.5
     assert gain["fused_ms"] > 500 > gain["unfused_ms"]
-    check_module._print(result)
+    check_module.print_result(result)
     assert re.search(r"0\.\d\d times as fast \[0\.\d\d, 0\.\d\d\], 5 rounds\n\n", capsys.readouterr().out)
     gain["rounds"] = 4
-    check_module._print(result)
+    check_module.print_result(result)
     assert "too few rounds to tell" in capsys.readouterr().out
 
 
@@ -132,7 +132,7 @@ def test_wrong_results_are_found(fault, tmp_path, capsys, monkeypatch) -> None:
     code, result = check(tmp_path, "--seconds", "0", capsys=capsys)
     assert code == 1
     assert result["verified"] is False
-    check_module._print(result)
+    check_module.print_result(result)
     assert "WRONG: differs by more than rounding" in capsys.readouterr().out
 
 
