@@ -3,8 +3,6 @@
 Every function is made of differentiable torch operations.
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,22 +41,26 @@ def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
     if activation == "none":
         return d_out
     assert saved is not None
+    aten = torch.ops.aten
+    result: Tensor
     match activation:
         case "gelu":
-            return cast(Tensor, torch.ops.aten.gelu_backward(d_out, saved))
+            result = aten.gelu_backward(d_out, saved)
         case "gelu_tanh":
-            return cast(Tensor, torch.ops.aten.gelu_backward(d_out, saved, approximate="tanh"))
+            result = aten.gelu_backward(d_out, saved, approximate="tanh")
         case "relu":
-            return cast(Tensor, torch.ops.aten.threshold_backward(d_out, saved, 0))
+            result = aten.threshold_backward(d_out, saved, 0)
         case "tanh":
-            return cast(Tensor, torch.ops.aten.tanh_backward(d_out, saved))
+            result = aten.tanh_backward(d_out, saved)
         case "silu" | "quick_gelu":
             # aten::silu_backward has no derivative of its own. In 16 bits the factors would be rounded one by one.
             slope = 1.702 if activation == "quick_gelu" else 1.0
             z = slope * (saved.float() if saved.element_size() == 2 else saved)
             s = torch.sigmoid(z)
-            return (d_out * (s * (1 + z * (1 - s)))).to(d_out.dtype)
-    raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+            result = (d_out * (s * (1 + z * (1 - s)))).to(d_out.dtype)
+        case _:
+            raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return result
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -86,3 +88,8 @@ def error_bound(
     if dtype == torch.float32 and activation in ("gelu_tanh", "silu", "quick_gelu", "tanh"):
         absolute = 3e-7  # these are built from exp2, which the GPU approximates
     return (1 + 2**-6) * unit * exact.abs() + 2**-23 * (1 + x.shape[-1] / 16) * a + absolute
+
+
+def rms_error(result: Tensor, exact: Tensor) -> float:
+    """Root of the mean squared difference, computed in fp64."""
+    return (result.double() - exact.double()).square().mean().sqrt().item()

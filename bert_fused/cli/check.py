@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +29,7 @@ import bert_fused
 
 from ..fallback import device_reason
 from ..timing import Sampler, interleave, ratio, summarize, wall_sampler
-from .common import (
-    DTYPES,
-    CommandError,
-    add_json,
-    device_of,
-    its_fault,
-    load_model,
-    load_tokenizer,
-    print_json,
-    reasons,
-    require,
-)
+from .common import DTYPES, CommandError, Json, add_json, blame_model, device_of, dtype_of, load, print_json, require
 from .sample_inputs import docstrings, sample_for
 
 HELP = "your model: what can be fused, whether it computes the same, and what is gained here"
@@ -65,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cls-only",
         action="store_true",
-        help="try fuse(cls_only=True) as well: the last layer for position 0 only, for who reads nothing else",
+        help="try fuse(cls_only=True) as well: the last layer for position 0 only, if you read nothing else",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default float16 on a GPU, else float32")
     parser.add_argument("--device", help="as cuda:1; default a GPU if there is one, else cpu")
@@ -83,81 +71,90 @@ def run(arguments: argparse.Namespace) -> int:
         if not getattr(arguments, name) >= least:
             raise CommandError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     require("transformers", "safetensors", extra="hf")
-    result = check(arguments)
+    result = check(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        unpad=arguments.unpad,
+        cls_only=arguments.cls_only,
+        batch=arguments.batch,
+        tokens=arguments.tokens,
+        seconds=arguments.seconds,
+    )
     if arguments.json:
         print_json(result)
     else:
-        _print(result)
+        print_result(result)
+        if len(result["variants"]) == 1:
+            print("--unpad and --cls-only try more: no work on padding, and the last layer for position 0 only.")
     return 0 if result["verified"] else 1
 
 
-def check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is printed, as JSON's types.
+def check(
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    unpad: bool = False,
+    cls_only: bool = False,
+    batch: int = 8,
+    tokens: int = 128,
+    seconds: float = 20.0,
+) -> Json:
+    """Do what the command does, with its arguments, and return what it prints as JSON's types.
 
     Raises:
         CommandError: the model cannot be loaded, run or fused.
     """
-    device = device_of(arguments.device)
-    dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
-    model, drawn = load_model(arguments.model, device, dtype, head=True)
-    with bert_fused.fused(model) as report:
-        if not report.fused:
-            raise CommandError(f"nothing in {arguments.model} can be fused: {reasons(report.skipped)}")
-    tokenizer = load_tokenizer(arguments.model)
-    texts = [text for _, text in docstrings(max(arguments.batch, CHECKED_ROWS))]
-    with its_fault(model):
-        few, few_are = sample_for(model, tokenizer, texts[:CHECKED_ROWS], min(arguments.tokens, CHECKED_TOKENS))
-        batch, batch_is = sample_for(model, tokenizer, texts[: arguments.batch], arguments.tokens)
-        rounding = rounding_errors(model, few)
-        _forward(model, batch)
+    place = device_of(device)
+    model, tokenizer, drawn = load(folder, place, dtype_of(dtype, place), head=True)
+    texts = [text for _, text in docstrings(max(batch, CHECKED_ROWS))]
+    with blame_model(model):
+        few, few_are = sample_for(model, tokenizer, texts[:CHECKED_ROWS], min(tokens, CHECKED_TOKENS))
+        timed, timed_are = sample_for(model, tokenizer, texts[:batch], tokens)
+        _forward(model, timed)
 
-    variants = []
-    for options in _wishes(arguments):
-        with bert_fused.fused(model, **options) as report:
-            outputs = _differences(model, few, rounding)
-        variants.append(
-            {
-                "options": options,
-                "fused": list(report.fused),
-                "skipped": report.skipped,
-                "paths": report.paths,
-                "outputs": outputs,
-                "verified": all(output["difference"] <= output["explained"] for output in outputs.values()),
-            }
-        )
-    for variant, gain in zip(variants, _gains(model, batch, variants, arguments.seconds), strict=True):
+    wishes: list[dict[str, bool]] = [{}]
+    wishes += [{"unpad": True}] * unpad + [{"cls_only": True}] * cls_only
+    wishes += [{"unpad": True, "cls_only": True}] * (unpad and cls_only)
+    variants = _verify(model, few, wishes)
+    for variant, gain in zip(variants, _gains(model, timed, wishes, seconds), strict=True):
         variant["gain"] = gain
     return {
-        "model": str(arguments.model),
+        "model": str(folder),
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "random_parameters": drawn,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "no_kernel_because": device_reason(device, dtype),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        "dtype": str(dtype_of(dtype, place)).removeprefix("torch."),
+        "no_kernel_because": device_reason(place, dtype_of(dtype, place)),
         "verified_on": few_are,
-        "timed_on": batch_is,
+        "timed_on": timed_are,
         "verified": all(variant["verified"] for variant in variants),
         "variants": variants,
     }
 
 
-def _wishes(arguments: argparse.Namespace) -> list[dict[str, bool]]:
-    wishes: list[dict[str, bool]] = [{}]
-    if arguments.unpad:
-        wishes.append({"unpad": True})
-    if arguments.cls_only:
-        wishes.append({"cls_only": True})
-    return [*wishes, {"unpad": True, "cls_only": True}] if len(wishes) == 3 else wishes
+def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, bool]]) -> list[Json]:
+    """For each wish fuse's report, and each output's largest difference beside what rounding explains.
 
-
-def rounding_errors(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """How far each output of the model, as it is, may move if the same sums are rounded elsewhere.
+    Rounding explains how far an output of the unfused model may move if the same sums are rounded elsewhere.
 
     Raises:
-        CommandError: there is nothing to compare: its own results are not finite.
+        CommandError: an output of the unfused model is not finite, so nothing can be compared.
     """
-    from ..hf.verify import max_abs_error, outputs_of  # here, since --help needs no transformers
+    from ..hf.verify import compared, max_abs_error, outputs_of  # here, since --help and info need no transformers
+
+    def explained(path: str, rounded: Tensor, exact: Tensor) -> float:
+        here = rounded.to(exact.device)
+        finite = here.isfinite() & exact.isfinite()
+        if (~here.isfinite() & (exact != -math.inf)).any():  # a mask may be of infinities, nothing else
+            dtype = str(rounded.dtype).removeprefix("torch.")
+            raise CommandError(f"the unfused model's own {path or 'output'} is not finite in {dtype}; see --dtype")
+        exact = exact.masked_fill(~finite, 0.0)
+        scale = float(exact.abs().max()) if exact.numel() else 0.0
+        error = max_abs_error(here.masked_fill(~finite, 0.0), exact)
+        return ROUNDING * error + ULPS * torch.finfo(rounded.dtype).eps * scale
 
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "mps" else device  # has no float64
@@ -165,47 +162,44 @@ def rounding_errors(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, fl
         name: tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in inputs.items()
     }
-    exact = outputs_of(copy.deepcopy(model).to(device).double(), (), exact_inputs)
-    errors = {}
-    for path, rounded in outputs_of(model, (), inputs).items():
-        here = rounded.to(device)
-        finite = here.isfinite() & exact[path].isfinite()
-        if (~here.isfinite() & (exact[path] != -math.inf)).any():  # a mask may be of infinities, nothing else
-            dtype = str(rounded.dtype).removeprefix("torch.")
-            raise CommandError(f"the unfused model's own {path or 'output'} is not finite in {dtype}; see --dtype")
-        values = exact[path].masked_fill(~finite, 0.0)
-        scale = float(values.abs().max()) if values.numel() else 0.0
-        error = max_abs_error(here.masked_fill(~finite, 0.0), values)
-        errors[path] = ROUNDING * error + ULPS * torch.finfo(rounded.dtype).eps * scale
-    return errors
+    with blame_model(model):
+        exact = outputs_of(copy.deepcopy(model).to(device).double(), (), exact_inputs)
+        limits = {path: explained(path, tensor, exact[path]) for path, tensor in outputs_of(model, (), inputs).items()}
 
-
-def _differences(
-    model: nn.Module, inputs: dict[str, Tensor], explained: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    from ..hf.verify import compared, max_abs_error
-
-    # JSON has no infinity.
-    return {
-        path: {"difference": min(max_abs_error(mine, other), sys.float_info.max), "explained": explained[path]}
-        for path, (mine, other) in compared(model, (), inputs).items()
-    }
+    variants = []
+    for options in wishes:
+        with bert_fused.fused(model, **options) as report:
+            differences = {path: max_abs_error(*pair) for path, pair in compared(model, (), inputs).items()}
+        variants.append(
+            {
+                "options": options,
+                "fused": list(report.fused),
+                "skipped": report.skipped,
+                "paths": report.paths,
+                "outputs": {
+                    # JSON has no infinity.
+                    path: {"difference": min(difference, sys.float_info.max), "explained": limits[path]}
+                    for path, difference in differences.items()
+                },
+                "verified": all(difference <= limits[path] for path, difference in differences.items()),
+            }
+        )
+    return variants
 
 
 def _gains(
-    model: nn.Module, inputs: dict[str, Tensor], variants: list[dict[str, Any]], seconds: float
-) -> list[dict[str, Any] | None]:
-    """Of each variant, median times beside the unfused model's, and how many times as fast; None if not timed."""
+    model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, bool]], seconds: float
+) -> list[Json | None]:
+    """For each wish median times beside the unfused model's, and how many times as fast; None if not timed."""
     if not seconds:
-        return [None] * len(variants)
+        return [None] * len(wishes)
     samplers = {"unfused": _sampler(model, inputs, None)}
-    for i, variant in enumerate(variants):
-        samplers[str(i)] = _sampler(model, inputs, variant["options"])
+    samplers |= {str(i): _sampler(model, inputs, options) for i, options in enumerate(wishes)}
     samples = interleave(samplers, rounds=ROUNDS, deadline=time.monotonic() + seconds)
     unfused = samples.pop("unfused")
     if not unfused:
-        return [None] * len(variants)
-    gains: list[dict[str, Any] | None] = []
+        return [None] * len(wishes)
+    gains: list[Json | None] = []
     for taken in samples.values():
         times = ratio(unfused, taken)
         gains.append(
@@ -221,8 +215,8 @@ def _gains(
 
 
 def _sampler(model: nn.Module, inputs: dict[str, Tensor], options: dict[str, bool] | None) -> Sampler:
-    """One call, fused for as long as it takes; None: not fused."""
-    synchronize: Callable[[], Any] = torch.cuda.synchronize if next(model.parameters()).is_cuda else int
+    """Times one call, fused with these options for that call alone; None: not fused."""
+    synchronize: Callable[[], object] = torch.cuda.synchronize if next(model.parameters()).is_cuda else int
     sample = wall_sampler([functools.partial(_forward, model, inputs)], synchronize)
 
     def fused_sample() -> float:
@@ -237,7 +231,7 @@ def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     model(**inputs)
 
 
-def _print(result: dict[str, Any]) -> None:
+def print_result(result: Json) -> None:
     print(f"model     {result['model']}: {result['class']}, {result['parameters'] / 1e6:.1f} M parameters")
     print(f"device    {result['device']}, {result['dtype']}")
     if result["random_parameters"]:
@@ -265,11 +259,9 @@ def _print(result: dict[str, Any]) -> None:
     print(f"timed on    {result['timed_on']}")
     if result["no_kernel_because"] is not None:
         print("Without options fused and unfused are the same PyTorch here: their times differ by noise.")
-    if len(result["variants"]) == 1:
-        print("--unpad and --cls-only try what else fuse can do: no work on padding, or on what nobody reads.")
 
 
-def _print_gain(gain: dict[str, Any] | None) -> None:
+def _print_gain(gain: Json | None) -> None:
     if gain is None:
         print("  not timed: no round fits into --seconds")
         return

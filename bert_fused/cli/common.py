@@ -1,18 +1,23 @@
-"""What the subcommands share: one kind of error, and loading a model from a folder without a network."""
+"""What the subcommands share: one kind of error, optional packages, and loading a model without a network."""
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
+import bert_fused
+
+T = TypeVar("T")
+Json = dict[str, Any]
 Tokenizer = Callable[..., Any]
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -25,7 +30,7 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """One line where arguments are wrong, and help that keeps its line breaks."""
+    """Prints wrong arguments as one line, and keeps the line breaks of its help."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -38,13 +43,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
 
 
-def print_json(result: dict[str, Any]) -> None:
+def print_json(result: Json) -> None:
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
-
-
-def reasons(skipped: dict[str, str]) -> str:
-    """Why modules were left alone, each reason once."""
-    return "; ".join(dict.fromkeys(skipped.values()))
 
 
 def first_sentence(error: BaseException) -> str:
@@ -63,11 +63,29 @@ def require(*packages: str, extra: str) -> None:
             raise CommandError(f"{package} is not installed; try: pip install 'bert-fused[{extra}]'")
 
 
+def version(package: str) -> str:
+    """An installed package's version, or that of a module that was imported from elsewhere, as from a checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        module = sys.modules.get(package.replace("-", "_"))
+        return str(getattr(module, "__version__", "not installed"))
+
+
+def with_bar(items: Iterable[T], total: int) -> Iterable[T]:
+    """The items, with a progress bar and the time left if rich is installed."""
+    try:
+        from rich.progress import track
+    except ImportError:
+        return items
+    return track(items, total=total, transient=True)
+
+
 def device_of(name: str | None) -> torch.device:
     """The device of this name; by default a GPU if there is one.
 
     Raises:
-        CommandError: it is not there.
+        CommandError: PyTorch cannot use the device.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -79,42 +97,57 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, *, head: bool) -> tuple[nn.Module, list[str]]:
-    """A folder's model in eval mode, and the names of parameters that its files lack, which are random numbers.
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of this name; by default float16 on a GPU, else float32."""
+    dtype: torch.dtype = getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
+    return dtype
 
-    head: of the class that its configuration names; else the model without a head.
+
+def load(
+    folder: Path, device: torch.device, dtype: torch.dtype, *, head: bool
+) -> tuple[nn.Module, Tokenizer | None, list[str]]:
+    """A folder's model in eval mode, its tokenizer if it has one, and the names of randomly initialized parameters.
+
+    head: load the class that the folder's configuration names; else the model without a head. Parameters are random if
+    the folder's files lack them.
 
     Raises:
-        CommandError: it cannot be loaded.
+        CommandError: model or tokenizer cannot be loaded, or nothing in the model can be fused.
     """
     if not folder.exists():
         raise CommandError(f"{folder} does not exist")
     if not (folder / "config.json").is_file():
         raise CommandError(f"{folder} is not a model folder: it has no config.json")
-    import transformers
-    from transformers.utils import logging
+    import transformers  # here, since --help and info need no transformers
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # A folder's own code is not run.
+    options = {"local_files_only": True, "trust_remote_code": False}
+    what = "model"
     try:
-        # A folder's own code is not run.
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        kind: Any = transformers.AutoModel
         named = getattr(transformers, (config.architectures or ["AutoModel"])[0], None) if head else None
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            kind = named
-        model, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-        model = cast(nn.Module, model).eval().to(device)
+        is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+        kind: Any = named if is_model else transformers.AutoModel
+        loaded, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        model: nn.Module = loaded.eval().to(device)
+        what, tokenizer = "tokenizer", None
+        if any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         # Whatever a broken folder makes transformers raise, the user needs the folder and the first sentence.
-        raise CommandError(f"cannot load a model from {folder}: {first_sentence(error)}") from error
-    return model, sorted(loading["missing_keys"])
+        raise CommandError(f"cannot load a {what} from {folder}: {first_sentence(error)}") from error
+    with bert_fused.fused(model) as report:
+        if not report.fused:
+            reasons = "; ".join(dict.fromkeys(report.skipped.values()))
+            raise CommandError(f"nothing in {folder} can be fused: {reasons}")
+    return model, tokenizer, sorted(loading["missing_keys"])
 
 
 @contextlib.contextmanager
-def its_fault(model: nn.Module) -> Iterator[None]:
-    """What fails here fails without us: the model is not fused.
+def blame_model(model: nn.Module) -> Iterator[None]:
+    """Say that the model failed, not this package: nothing is fused in the block.
 
     Raises:
         CommandError: something failed.
@@ -125,19 +158,3 @@ def its_fault(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise CommandError(f"cannot run {type(model).__name__} on the sample: {first_sentence(error)}") from error
-
-
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """A folder's tokenizer; None if it has none.
-
-    Raises:
-        CommandError: it cannot be loaded.
-    """
-    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    except Exception as error:
-        raise CommandError(f"cannot load a tokenizer from {folder}: {first_sentence(error)}") from error

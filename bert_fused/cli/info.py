@@ -1,11 +1,8 @@
 """Versions, device, and which path serves which dtype and shape, with the reason."""
 
 import argparse
-import importlib.metadata
 import platform
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -13,7 +10,11 @@ from ..fallback import HAS_TRITON, KERNEL_DTYPES, MIN_ARCH, device_reason, inter
 from ..kernels.configs import Entry
 from ..kernels.lookup import choose, load_table, load_user_table, shipped_table, table_path
 from ..tune.shapes import MODELS, Sizes, aligned, parse_shapes
-from .common import add_json, print_json
+from .common import Json, add_json, print_json, version
+
+if HAS_TRITON:
+    from ..kernels import plan
+    from ..kernels.runtime import arch_of, name_of
 
 HELP = "versions, device, and which path each dtype and shape takes"
 EXAMPLES = """examples:
@@ -55,11 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arch is None:
         dtypes = tuple(dtype for dtype, reason in reasons.items() if reason is None)
         if dtypes:
-            from ..kernels.runtime import arch_of, name_of
-
             arch, gpu = arch_of(device), name_of(device)
-    result: dict[str, Any] = {
-        "versions": {package: _version(package) for package in PACKAGES} | {"python": platform.python_version()},
+    result: Json = {
+        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": _describe(device),
         "launches": _launches(),
         "paths": {_name(d): "Triton" if reason is None else f"PyTorch: {reason}" for d, reason in reasons.items()},
@@ -68,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(result)
         return 0
-    for package, version in result["versions"].items():
-        print(f"{package:<13}{version}")
+    for package, installed in result["versions"].items():
+        print(f"{package:<13}{installed}")
     print(f"{'device':<13}{result['device']}")
     print(f"{'launches':<13}{result['launches']}\n")
     if arguments.arch is None:
@@ -84,18 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _launches() -> str:
-    """How kernels would be launched by the installed Triton."""
+    """How the installed Triton launches kernels."""
     if not HAS_TRITON:
         return "none: Triton is not installed"
-    from ..kernels import plan
-
     return "Triton's C launcher directly" if plan.LAUNCHER_IS_KNOWN else plan.SLOW_LAUNCHES
 
 
-def _choices(
-    arch: int, device: str, dtypes: tuple[torch.dtype, ...], shapes: Sequence[Sizes] | None = None
-) -> dict[str, Any]:
-    """Which configuration each shape gets on a GPU of this architecture and name, as JSON's types."""
+def _choices(arch: int, device: str, dtypes: tuple[torch.dtype, ...], shapes: Sequence[Sizes] | None = None) -> Json:
+    """The configuration of each shape on a GPU of this architecture and name, as JSON's types."""
     rows = []
     for dtype in dtypes:
         name = _name(dtype)
@@ -113,7 +108,7 @@ def _choices(
     }
 
 
-def _print_choices(choices: dict[str, Any]) -> None:
+def _print_choices(choices: Json) -> None:
     print(f"sm_{choices['arch']}, {choices['table']}; tensors on 16-byte boundaries where their sizes allow")
     if choices["measured_table"] is not None:
         print(f"measured on this machine: {choices['measured_table']}")
@@ -132,16 +127,6 @@ def _reason(why: Entry | str, M: int, arch: int, device: str) -> str:
     m = why.measured
     where = "here" if why in load_user_table(arch, device) else "for the shipped table"
     return f"measured {where} on {m.date}: {m.us:g} us, cuBLAS + pass {m.library_us:g}, eager {m.eager_us:g}{nearest}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    # Run from a checkout, or from a system whose package has another name.
-    module = sys.modules.get(package.replace("-", "_"))
-    return str(getattr(module, "__version__", "not installed"))
 
 
 def _describe(device: torch.device) -> str:

@@ -5,7 +5,7 @@ import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,20 +60,21 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], device: torch.device, max_t
 def sample_for(
     model: nn.Module, tokenizer: Tokenizer | None, texts: list[str], max_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
-    """Arguments for a call of ``model``, one row for each text, and what they are in words.
+    """Arguments for a call of ``model``, one row for each text, and a description of them for people.
 
-    Text through the tokenizer; without one, random ids; random pixels for a model that takes pictures.
+    The texts go through the tokenizer; without one the ids are random. Models of pictures get random pixels.
 
     Raises:
-        CommandError: the model takes something else, or the tokenizer is another model's.
+        CommandError: the model takes something else, or the tokenizer belongs to another model.
     """
-    config: Any = cast(Any, model.config).get_text_config()
+    whole: Any = model.config
+    config = whole.get_text_config()
     parameter = next(model.parameters())
     takes = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     pixels: dict[str, Tensor] = {}
-    if takes == "pixel_values" or hasattr(model.config, "vision_config"):
-        pixels["pixel_values"] = _random_pixels(model.config, len(texts), generator).to(parameter)
+    if takes == "pixel_values" or hasattr(whole, "vision_config"):
+        pixels["pixel_values"] = _random_pixels(whole, len(texts), generator).to(parameter)
     if takes == "pixel_values":
         return pixels, f"random pixels, {_times(pixels[takes].shape)}"
     if takes != "input_ids":

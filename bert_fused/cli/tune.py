@@ -1,29 +1,28 @@
 """Measure this GPU once: which configuration is fastest for each of BERT's shapes, beside cuBLAS and eager PyTorch.
 
-Every candidate's numbers are checked against fp64 before it is timed, in a process of its own where it has not run here
-before, so that one that hangs or breaks the GPU costs only itself. The winners go into a table in the user's cache
-directory, which lookup prefers from then on. Shapes are measured in order of rank, those without an entry first, and
-written one by one, so that a run that is cut off keeps what it had. Exits with 1 if nothing was measured or kept, with
-2 if it cannot start.
+Each candidate runs first in a process of its own, where its numbers are checked against fp64, so that one that hangs or
+breaks the GPU costs only itself. The winners go into a table in the user's cache directory, which lookup prefers from
+then on. Shapes are measured in order of rank, those without an entry first, and each is written at once, so that a run
+that is cut off keeps its results. Exits with 1 if nothing was measured or kept, with 2 if it cannot start.
 """
 
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..fallback import device_reason, interpreted
-from ..kernels import lookup, plan
+import bert_fused
+
+from ..fallback import HAS_TRITON, device_reason, interpreted
+from ..kernels import lookup
 from ..kernels.configs import Config, Entry, Measured
 from ..kernels.lookup import entry_row, load_user_table, parse_rows, remember, shipped_table
 from ..timing import graph_sampler
@@ -31,7 +30,11 @@ from ..tune import shapes as bert
 from ..tune.candidates import candidates
 from ..tune.search import EAGER, Budget, GpuUnusable, NotMeasured, Outcome, SamplerOf, Shape, Trial, tune_shape
 from ..tune.trials import Trials
-from .common import CommandError
+from .common import CommandError, version, with_bar
+
+if HAS_TRITON:
+    from ..kernels.plan import plans
+    from ..kernels.runtime import arch_of, name_of
 
 HELP = "measure this GPU once, and prefer what is fastest from then on"
 EXAMPLES = """examples:
@@ -77,7 +80,58 @@ def _parse_dtypes(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return _run(arguments, find_gpu(arguments.device), graph_sampler)
+    gpu = find_gpu(arguments.device)
+    todo = _shapes_to_measure(arguments)
+    source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
+    known = {(e.m, e.n, e.k, e.config.dtype) for e in load_user_table(gpu.arch, gpu.name)}
+    problem = _keep((), gpu, source)
+    if problem and arguments.export is None:
+        raise CommandError(f"{problem}; set BERT_FUSED_TABLES to a folder of yours")
+    todo.sort(key=lambda shape: (shape.M, shape.N, shape.K, shape.dtype) in known)
+    start = time.monotonic()
+    print(f"{gpu.name}, sm_{gpu.arch}, {versions()}: {len(todo)} shapes, at most {arguments.budget:.0f} s\n")
+
+    entries: list[Entry] = []
+    kept = False
+    failures: dict[str, list[str]] = {}
+    with Trials(gpu.device) as trial:
+        results = measure(todo, gpu, Budget(start + arguments.budget), graph_sampler, trial)
+        for shape, outcome in with_bar(results, len(todo)):
+            print(f"{shape!s:<26}{describe(outcome)}", flush=True)
+            if isinstance(outcome, NotMeasured):
+                continue
+            for name, reason in outcome.failed.items():
+                failures.setdefault(f"{shape.dtype} {name}", []).append(reason)
+            entries.append(entry_of(shape, outcome))
+            problem = problem or _keep(entries[-1:], gpu, source)
+            kept = kept or not problem
+            if arguments.export is not None:
+                with contextlib.suppress(CommandError):  # the last export raises it again
+                    export(arguments.export, gpu, entries, source)
+    print(f"\n{len(entries)} of {len(todo)} shapes measured in {time.monotonic() - start:.0f} s")
+    if len(entries) < len(todo):
+        print("run it again for the rest, which then goes first")
+    for name, reasons in failures.items():
+        print(f"{name} failed at {len(reasons)} shapes: {reasons[0]}", file=sys.stderr)
+    if problem:
+        print(f"tune: {problem}", file=sys.stderr)
+    if kept:
+        print(f"table: {lookup.table_path(gpu.arch, gpu.name)}")
+    if arguments.export is not None:
+        export(arguments.export, gpu, entries, source)
+        print(f"exported: {arguments.export}")
+    return 0 if kept or arguments.export is not None else 1
+
+
+def _shapes_to_measure(arguments: argparse.Namespace) -> list[Shape]:
+    """Raises CommandError for one that tune cannot serve, and for a file that cannot be exported to."""
+    todo = [Shape(M, N, K, dtype) for M, N, K in arguments.shapes or bert.all_shapes() for dtype in arguments.dtypes]
+    for shape in todo:
+        if not bert.aligned(shape.N, shape.K, shape.dtype):
+            raise CommandError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries, there is no choice")
+    if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
+        raise CommandError(f"there is no folder {arguments.export.resolve().parent} to export to")
+    return todo
 
 
 def find_gpu(name: str) -> Gpu:
@@ -93,101 +147,31 @@ def find_gpu(name: str) -> Gpu:
         reason = "TRITON_INTERPRET is set"
     if reason is not None:
         raise CommandError(f"no kernel runs on this GPU: {reason}")
-    from ..kernels.runtime import arch_of, name_of
-
     torch.cuda.set_device(device)
     return Gpu(device, name_of(device), arch_of(device))
 
 
-def _run(arguments: argparse.Namespace, gpu: Gpu, sampler_of: SamplerOf) -> int:
-    start = time.monotonic()
-    todo = [Shape(M, N, K, dtype) for M, N, K in arguments.shapes or bert.all_shapes() for dtype in arguments.dtypes]
-    for shape in todo:
-        if not bert.aligned(shape.N, shape.K, shape.dtype):
-            raise CommandError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries, there is no choice")
-    if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
-        raise CommandError(f"there is no folder {arguments.export.resolve().parent} to export to")
-    source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
-    known = {Shape(e.m, e.n, e.k, e.config.dtype): e.config for e in load_user_table(gpu.arch, gpu.name) if e.n and e.k}
-    keep = _keeper(gpu, source, exporting=arguments.export is not None)
-    todo.sort(key=known.__contains__)
-    print(f"{gpu.name}, sm_{gpu.arch}, {versions()}: {len(todo)} shapes, at most {arguments.budget:.0f} s\n")
-
-    entries: list[Entry] = []
-    kept = 0
-    failures: dict[str, list[str]] = {}
-    with Trials(gpu.device) as trial, _progress(len(todo)) as advance:
-        for shape, outcome in measure(todo, gpu, Budget(start + arguments.budget), sampler_of, trial, known):
-            advance()
-            print(f"{shape!s:<26}{describe(outcome)}", flush=True)
-            if isinstance(outcome, Outcome):
-                for name, reason in outcome.failed.items():
-                    failures.setdefault(f"{shape.dtype} {name}", []).append(reason)
-                entries.append(entry_of(shape, outcome))
-                kept += keep(entries[-1])
-                if arguments.export is not None:
-                    with contextlib.suppress(CommandError):  # said once, at the end
-                        export(arguments.export, gpu, entries, source)
-    print(f"\n{len(entries)} of {len(todo)} shapes measured in {time.monotonic() - start:.0f} s")
-    if len(entries) < len(todo):
-        print("run it again for the rest, which then goes first")
-    for name, reasons in failures.items():
-        print(f"{name} failed at {len(reasons)} shapes: {reasons[0]}", file=sys.stderr)
-    if kept:
-        print(f"table: {lookup.table_path(gpu.arch, gpu.name)}")
-    if arguments.export is not None:
-        export(arguments.export, gpu, entries, source)
-        print(f"exported: {arguments.export}")
-    return 0 if kept or arguments.export is not None else 1
-
-
-def _keeper(gpu: Gpu, source: str, *, exporting: bool) -> Callable[[Entry], bool]:
-    """A function that adds an entry to this GPU's table and says whether it is kept there.
-
-    Where the table cannot be written it says so once; at the start that ends the run, unless its results are exported.
-    """
-    where = lookup.table_path(gpu.arch, gpu.name) or "a table"
-    writable = True
-
-    def keep(*entries: Entry) -> bool:
-        nonlocal writable
-        if writable:
-            try:
-                remember(entries, gpu.arch, gpu.name, source)
-                plan.plans.clear()
-            except OSError as error:
-                writable = False
-                message = f"cannot write {where}: {error.strerror or error}"
-                if not entries and not exporting:
-                    raise CommandError(f"{message}; set BERT_FUSED_TABLES to a folder of yours") from error
-                print(f"tune: {message}", file=sys.stderr)
-        return writable
-
-    keep()
-    return keep
+def _keep(entries: Iterable[Entry], gpu: Gpu, source: str) -> str | None:
+    """Add entries to this GPU's table; return why it cannot be written, or None."""
+    try:
+        remember(entries, gpu.arch, gpu.name, source)
+    except OSError as error:
+        where = lookup.table_path(gpu.arch, gpu.name) or "a table"
+        return f"cannot write {where}: {error.strerror or error}"
+    plans.clear()
+    return None
 
 
 def measure(
-    shapes: Iterable[Shape],
-    gpu: Gpu,
-    budget: Budget,
-    sampler_of: SamplerOf,
-    trial: Trial | None = None,
-    known: Mapping[Shape, Config] | None = None,
+    shapes: Iterable[Shape], gpu: Gpu, budget: Budget, sampler_of: SamplerOf, trial: Trial | None = None
 ) -> Iterator[tuple[Shape, Outcome | NotMeasured]]:
-    """Each shape with what was found, in the order given, until the budget ends or Ctrl-C.
-
-    trial: as ``tune_shape`` has it. known: of shapes that were measured here before, what was chosen.
-    """
+    """Measure each shape in the order given, until the budget ends or Ctrl-C. trial: as for ``tune_shape``."""
     for shape in shapes:
         if not budget.suffices():
             return
         proposed = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
         try:
-            proved = (known or {}).get(shape)
-            outcome = tune_shape(
-                shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of, trial=trial, proved=proved
-            )
+            outcome = tune_shape(shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of, trial=trial)
         except NotMeasured as reason:
             yield shape, reason
         except torch.OutOfMemoryError:
@@ -245,42 +229,15 @@ def export(path: Path, gpu: Gpu, entries: Iterable[Entry], source: str) -> None:
 
 
 def versions() -> str:
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "unknown"
-    return f"torch {torch.__version__}, Triton {triton}"
+    return f"torch {torch.__version__}, Triton {version('triton')}"
 
 
 def commit() -> str:
     """This package's commit ($COMMIT, or of its checkout), else its version."""
-    from .. import __version__
-
-    root = Path(__file__).resolve().parent.parent
+    root = Path(bert_fused.__file__).resolve().parents[1]
     found = os.environ.get("COMMIT", "")
     if not found and (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    return f"commit {found}" if found else f"bert_fused {__version__}"
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left; none without rich. Yields what to call after each shape."""
-    if importlib.util.find_spec("rich") is None:
-        yield lambda: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("tune", total=total)
-        yield lambda: progress.advance(task)
+    return f"commit {found}" if found else f"bert_fused {bert_fused.__version__}"

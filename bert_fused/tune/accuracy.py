@@ -1,4 +1,4 @@
-"""Is what a function returns ``act(x @ W.T + b)``? Asked before anything is timed."""
+"""Whether a function computes ``act(x @ W.T + b)``: a rival is checked before it is timed."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..reference import error_bound, linear_act
+from ..reference import error_bound, linear_act, rms_error
 
 LinearAct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -15,10 +15,10 @@ EAGER_RATIO = 1.001
 
 
 def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
-    """The errors of ``function(x, weight, bias)`` against fp64.
+    """The errors of ``function(x, weight, bias)`` against fp64, after two tests.
 
-    Two tests, both must pass. A sweep of pre-activations that every dtype (and TF32) holds exactly tells one function
-    from another (tanh GELU from erf), however it rounds. On the given data the promised bound holds, or eager's error.
+    On a sweep of pre-activations that every dtype (and TF32) holds exactly, each result must be within the promised
+    bound, which tells tanh GELU from erf. On the given data results must be within it, or no worse than eager's.
 
     Raises:
         ValueError: the result is wrong.
@@ -39,7 +39,7 @@ def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """The rows that enter the product: of ``[B, S, K]``, the pooler's input, each sequence's first."""
+    """The rows that enter the product: all of ``[M, K]``, the first of each sequence of ``[B, S, K]`` (the pooler)."""
     return x[:, 0] if x.dim() == 3 else x
 
 
@@ -48,8 +48,9 @@ def _errors(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bia
     rows = rows_of(x)
     exact = linear_act(rows.double(), weight.double(), bias.double(), activation)
     bound = error_bound(rows, weight, bias, activation, exact, x.dtype)
-    # Freed memory full of NaN is what the function allocates next: an element it leaves unwritten shows.
+    # The function will allocate this freed memory, full of NaN, so that an element it leaves unwritten shows.
     freed = [torch.full_like(exact, math.nan, dtype=x.dtype) for _ in range(4)]
     del freed
-    error = (function(x, weight, bias).double() - exact).abs()
-    return error.max().item(), error.square().mean().sqrt().item(), int((~(error <= bound)).sum())
+    result = function(x, weight, bias)
+    error = (result.double() - exact).abs()
+    return error.max().item(), rms_error(result, exact), int((~(error <= bound)).sum())

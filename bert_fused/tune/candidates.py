@@ -1,14 +1,13 @@
 """Which configurations are worth timing for a shape. Pure Python: needs neither Triton nor a GPU.
 
-Tiles that the compiler does not spill on (tested for sm_80, sm_89, sm_90 and sm_100), in the order of a cycle
-model; nothing here was measured on a GPU.
+The compiler does not spill with these tiles (tested for sm_80, sm_89, sm_90 and sm_100). A cycle model orders them;
+nothing here was measured on a GPU.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..kernels.configs import SHARED_MEMORY, Config, default_config
 from ..kernels.lookup import get_config
@@ -60,7 +59,7 @@ class Chip:
     memory: float
 
 
-# A100 80 GB, L40S, H100 SXM, B200; other architectures are taken for the nearest older one.
+# A100 80 GB, L40S, H100 SXM, B200; any other architecture is modelled as the nearest older one.
 CHIPS = {
     80: Chip(108, 1.41, 2048, 13.4),
     89: Chip(142, 2.52, 1024, 2.4),
@@ -91,13 +90,13 @@ def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
 
 
 def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
-    def config(kernel: str, tile: Tile, **options: Any) -> Config:
+    def config(kernel: str, tile: Tile) -> Config:
         block_m, block_n, block_k, num_warps, num_stages = tile
         block_k = block_k // 2 if dtype == "tf32" else block_k
-        return Config(kernel, dtype, block_m, block_n, block_k, num_warps, num_stages, **options)
+        return Config(kernel, dtype, block_m, block_n, block_k, num_warps, num_stages)
 
     tma = 90 <= arch < 120
-    rows = 2 * max(M, 16)  # a taller tile would compute mostly rows that are not there
+    rows = 2 * max(M, 16)  # most rows of a taller tile would be past the end
     pointer_tiles = (*SMALL_TILES, *MIDDLE_TILES) if M <= 256 else MIDDLE_TILES
     if not tma:
         pointer_tiles = (*pointer_tiles, *POINTER_TILES)
@@ -124,7 +123,7 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
 
 
 def _interpreted(M: int, dtype: str) -> Iterator[Config]:
-    """A few that the interpreter runs in little time, so that tuning can be rehearsed without a GPU."""
+    """A few that the interpreter runs quickly, so that tuning can be rehearsed without a GPU."""
     plain = default_config(M, dtype, 0)
     yield plain
     yield dataclasses.replace(plain, block_m=32)

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,24 +10,30 @@ import torch
 from torch import Tensor
 
 from ..cli.common import CommandError
+from ..fallback import HAS_TRITON
 from ..kernels.configs import Config
 from ..reference import linear_act
 from ..timing import Call, Sampler, buffer_count, graph_sampler, interleave, ratio, repeated, summarize
 from .accuracy import LinearAct, check
 
+if HAS_TRITON:
+    from ..kernels.linear_act import linear_act_fwd
+
 ROUNDS = 20
 MIN_ROUNDS = 5
-# A candidate whose first samples take this many times as long as the best's so far is timed no further.
+# A candidate is timed no further if its first samples take this many times as long as the best's so far.
 HOPELESS = 1.25
 # Candidates are equal if the interval of their ratio contains 1 and their medians are no further apart than this.
 EQUAL = 0.98
-# Numbers are checked on so many rows at most: fp64 takes time and memory.
+# At most this many rows are checked: fp64 takes time and memory.
 CHECKED_ROWS = 4096
 
 EAGER = "eager"
 
+Data = tuple[Tensor, Tensor, Tensor]  # x, weight, bias
 SamplerOf = Callable[[Sequence[Call]], Sampler]
-# Runs a candidate for the first time, with the pre-activation or without: somewhere else, or it would not be asked.
+# Runs a candidate for the first time in another process: the shape, the candidate, and whether it keeps the
+# pre-activation. Raises ``Refused`` or ``GpuUnusable``.
 Trial = Callable[["Shape", Config, bool], None]
 
 
@@ -50,30 +56,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found for a shape.
+    """The result for one shape.
 
-    times: median microseconds per call of whoever was timed to the end, by ``str(config)``, and of ``EAGER``.
-    failed: candidate -> why it is none: wrong numbers, or the error it raised.
-    hopeless, unseen: how many were given up after their first samples, and how many there was no time for.
+    config: the chosen configuration.
+    times: median microseconds per call by ``str(config)``, and of ``EAGER``, for those that were timed in all rounds.
+    failed: by the same names, the error that a candidate raised, wrong numbers included.
+    unseen: how many candidates there was no time for.
     """
 
     config: Config
     times: dict[str, float]
     failed: dict[str, str]
-    hopeless: int
     unseen: int
 
 
 @dataclass
 class Budget:
-    """Time on ``time.monotonic()``; ``longest`` is the longest preparation so far, mostly a compilation, in seconds."""
+    """A deadline on ``time.monotonic()``; longest: seconds of the longest preparation so far, mostly a compilation."""
 
     deadline: float
     longest: float = 0.0
 
     @property
     def end_of_rounds(self) -> float:
-        """The chosen one is compiled once more afterwards, and checked twice."""
+        """Leaves time to compile the chosen candidate once more, and to check it twice."""
         return self.deadline - 2 * self.longest
 
     def suffices(self) -> bool:
@@ -82,7 +88,7 @@ class Budget:
 
 
 class NotMeasured(Exception):
-    """A shape has no result; the message says why."""
+    """The message says why a shape has no result."""
 
 
 class Refused(Exception):
@@ -102,20 +108,19 @@ def tune_shape(
     budget: Budget,
     sampler_of: SamplerOf = graph_sampler,
     trial: Trial | None = None,
-    proved: Config | None = None,
 ) -> Outcome:
-    """Choose among ``candidates``, which are in order of preference.
+    """Choose among ``candidates``, which are in order of preference, and the library; eager PyTorch is timed as well.
 
-    The library goes first, whether or not it is among them. Eager PyTorch is timed beside them. trial: where candidates
-    run first, but for the library and ``proved``, which ran at this shape before; None: in this process.
+    trial: runs candidates first; None: they run in this process, as the library does.
 
     Raises:
-        NotMeasured: eager or the library failed, or the time does not suffice to compare them with anything.
+        NotMeasured: eager or the library failed, or there is no time to compare them with a candidate.
         GpuUnusable: a candidate broke it.
     """
     library = Config("library", shape.dtype)
     configs = dict.fromkeys((library, *candidates))
-    bars = (EAGER, str(library))
+    rivals: dict[str, Config | None] = {EAGER: None} | {str(config): config for config in configs}
+    bars = list(rivals)[:2]  # eager and the library
     samplers: dict[str, Sampler] = {}
     first: dict[str, float] = {}
     failed: dict[str, str] = {}
@@ -124,60 +129,77 @@ def tune_shape(
         buffers = make_buffers(shape, device)
         x, weight, bias = buffers[0]
         checked = (x[:CHECKED_ROWS], weight, bias)
-
-        def attempt(config: Config, training: bool) -> None:
-            if trial is None or config in (library, proved):
-                check_config(config, shape.activation, *checked, training=training)
-            else:
-                trial(shape, config, training)
-
-        named = {str(config): config for config in configs}
-        for name, function in _rivals(shape, configs).items():
+        attempt = functools.partial(_attempt, shape, checked, trial)
+        for i, (name, config) in enumerate(rivals.items()):
             if not budget.suffices():
-                unseen += 1
-                continue
+                unseen = len(rivals) - i
+                break
             begin = time.monotonic()
             with _recording(failed, name, device):
-                if name == EAGER:
-                    check(function, shape.activation, *checked)
-                else:
-                    attempt(named[name], training=False)
-                sampler = sampler_of(repeated([functools.partial(function, *inputs) for inputs in buffers]))
+                attempt(config, training=False)
+                sampler = sampler_of(repeated([functools.partial(_rival(shape, config), *each) for each in buffers]))
                 sampler()
                 first[name] = min(sampler() for _ in range(2))
                 if name in bars or first[name] <= HOPELESS * min(first.values()):
                     samplers[name] = sampler
             if name in bars and name in failed:
                 raise NotMeasured(f"{name}: {failed[name]}")
-            if name not in failed:  # a hang says nothing about the next one
+            if name not in failed:  # a hang says nothing about the next candidate
                 budget.longest = max(budget.longest, time.monotonic() - begin)
-        if not samplers.keys() >= set(bars) or (unseen and len(first) + len(failed) == len(bars)):
+        if unseen and len(rivals) - unseen <= len(bars):
             raise NotMeasured("out of time")
-        # Those that were let in early were compared with fewer.
+        # Early candidates were compared with fewer others.
         limit = HOPELESS * min(first.values())
         finalists = {name: sampler for name, sampler in samplers.items() if name in bars or first[name] <= limit}
         samples = interleave(finalists, rounds=ROUNDS, deadline=budget.end_of_rounds)
         if len(samples[EAGER]) < MIN_ROUNDS:
             raise NotMeasured("out of time")
         timed = {config: samples[str(config)] for config in configs if str(config) in samples}
-        while True:
-            config = pick(timed, samples[EAGER])
-            with _recording(failed, str(config), device):
-                attempt(config, training=True)
-            if str(config) not in failed:
-                break
-            if config == library:
-                raise NotMeasured(f"{library}: {failed[str(library)]}")
-            del timed[config]
+        chosen = _pick_trainable(timed, samples[EAGER], attempt, failed, device)
     times = {name: summarize(taken).median for name, taken in samples.items()}
-    return Outcome(config, times, failed, hopeless=len(first) - len(finalists), unseen=unseen)
+    return Outcome(chosen, times, failed, unseen)
+
+
+def _rival(shape: Shape, config: Config | None) -> LinearAct:
+    if config is None:
+        return functools.partial(linear_act, activation=shape.activation)
+    return functools.partial(_fused, activation=shape.activation, config=config)
+
+
+def _attempt(shape: Shape, data: Data, trial: Trial | None, config: Config | None, training: bool) -> None:
+    """Raise what a rival raises at its first run; None is eager."""
+    if config is None:
+        check(_rival(shape, None), shape.activation, *data)
+    elif trial is None or config.kernel == "library":
+        check_config(config, shape.activation, *data, training=training)
+    else:
+        trial(shape, config, training)
+
+
+def _pick_trainable(
+    timed: dict[Config, list[float]],
+    eager: list[float],
+    attempt: Callable[..., None],
+    failed: dict[str, str],
+    device: torch.device,
+) -> Config:
+    """The best of ``timed`` that also keeps the pre-activation; those that fail at it are removed."""
+    while True:
+        config = pick(timed, eager)
+        with _recording(failed, str(config), device):
+            attempt(config, training=True)
+        if str(config) not in failed:
+            return config
+        if config.kernel == "library":
+            raise NotMeasured(f"{config}: {failed[str(config)]}")
+        del timed[config]
 
 
 def pick(samples: Mapping[Config, Sequence[float]], eager: Sequence[float]) -> Config:
-    """The fastest by median, or the first in order that cannot be told from it.
+    """The first of ``samples`` that is the fastest by median, or cannot be told from the fastest.
 
-    The first of ``samples`` is the library. It is also the choice where eager PyTorch beats the fastest: eager is no
-    configuration, and the library is nearest to it.
+    The library must come first. It is chosen as well if eager PyTorch beats the fastest: eager is no configuration, and
+    the library is nearest to it.
     """
     library = next(iter(samples))
     fastest = min(samples, key=lambda config: summarize(samples[config]).median)
@@ -191,8 +213,8 @@ def _equal(fastest: Sequence[float], other: Sequence[float]) -> bool:
     return compared.high >= 1 and compared.median >= EQUAL
 
 
-def make_buffers(shape: Shape, device: torch.device, sets: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Sets of x, weight and bias, by default so many that none is in cache when its turn comes."""
+def make_buffers(shape: Shape, device: torch.device, sets: int | None = None) -> list[Data]:
+    """Sets of x, weight and bias; by default so many that a set has left the cache before its next turn."""
     dtype = torch.float32 if shape.dtype == "tf32" else getattr(torch, shape.dtype)
     g = torch.Generator(device).manual_seed(0)
 
@@ -206,27 +228,27 @@ def make_buffers(shape: Shape, device: torch.device, sets: int | None = None) ->
     return [(normal(1, shape.M, shape.K), normal(0.02, shape.N, shape.K), normal(0.02, shape.N)) for _ in range(sets)]
 
 
-def _rivals(shape: Shape, configs: Iterable[Config]) -> dict[str, LinearAct]:
-    activation = shape.activation
-    rivals: dict[str, LinearAct] = {EAGER: functools.partial(linear_act, activation=activation)}
-    for config in configs:
-        rivals[str(config)] = functools.partial(_fused, activation=activation, config=config)
-    return rivals
-
-
 def _fused(
-    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, config: Config, save_preact: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str,
+    config: Config,
+    save_preact: bool = False,
+    which: int = 0,
 ) -> Tensor:
-    from ..kernels.linear_act import linear_act_fwd
-
-    return linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)[0]
+    """One of the kernel's outputs: 0 is the result, 1 the pre-activation."""
+    output = linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)[which]
+    assert output is not None
+    return output
 
 
 @torch.no_grad()
 def first_run(shape: Shape, config: Config, training: bool, device: torch.device) -> None:
-    """Raise what a configuration raises that fails at a shape or gives wrong numbers there.
+    """Raise what a configuration raises that fails at a shape or computes wrong numbers there.
 
-    Numbers are checked on some rows; a hang may need them all.
+    Numbers are checked on the first rows; a hang may need them all.
     """
     with fp32_products(shape.dtype):
         ((x, weight, bias),) = make_buffers(shape, device, sets=1)
@@ -236,22 +258,13 @@ def first_run(shape: Shape, config: Config, training: bool, device: torch.device
 
 
 def check_config(config: Config, activation: str, x: Tensor, weight: Tensor, bias: Tensor, *, training: bool) -> None:
-    """Raise what a configuration raises that is wrong, or in training keeps no or a wrong pre-activation."""
+    """Raise what a configuration raises, or ValueError if its result, or in training its pre-activation, is wrong."""
     if not training:
         check(functools.partial(_fused, activation=activation, config=config), activation, x, weight, bias)
         return
-    from ..kernels.linear_act import linear_act_fwd
-
-    def kept(which: int) -> LinearAct:
-        def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            result = linear_act_fwd(x, weight, bias, activation="gelu", save_preact=True, config=config)[which]
-            assert result is not None
-            return result
-
-        return call
-
-    check(kept(0), "gelu", x, weight, bias)
-    check(kept(1), "none", x, weight, bias)
+    for which, computed in enumerate(("gelu", "none")):
+        call = functools.partial(_fused, activation="gelu", config=config, save_preact=True, which=which)
+        check(call, computed, x, weight, bias)
 
 
 def in_one_line(error: BaseException) -> str:
@@ -260,7 +273,7 @@ def in_one_line(error: BaseException) -> str:
 
 @contextmanager
 def _recording(failed: dict[str, str], name: str, device: torch.device) -> Iterator[None]:
-    """That a candidate does not compile, does not fit or is wrong is a result as well."""
+    """Record an error under ``name`` and go on: a candidate that does not compile, fit or compute right is a result."""
     try:
         yield
     except GpuUnusable:
@@ -276,7 +289,7 @@ def _recording(failed: dict[str, str], name: str, device: torch.device) -> Itera
 
 @contextmanager
 def fp32_products(dtype: str) -> Iterator[None]:
-    """torch's setting of how fp32 matrices are multiplied, eager's too, as a ``Config.dtype`` wants it."""
+    """Multiply fp32 matrices in TF32 if ``dtype`` is "tf32", else in IEEE fp32: torch's own setting, eager's too."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:

@@ -1,57 +1,50 @@
 """Candidates run for the first time in a child process: one that hangs or breaks the GPU costs itself, not the tuner.
 
-One child tries candidates one after another. After one that killed, hung or broke it another child goes on, and that
-candidate is tried no more.
+One child tries candidates one after another. A candidate that kills, hangs or breaks it is tried no more, and another
+child goes on.
 """
 
 import multiprocessing
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any
 
 import torch
 
 from ..kernels.configs import Config
 from .search import GpuUnusable, Refused, Shape, first_run, in_one_line
 
-# Seconds for a candidate, which compiles for some, and for a child to import torch and find the GPU.
+# Seconds for a candidate, most of them to compile it, and for a child to import torch and find the GPU.
 LIMIT = 30.0
 STARTING = 120.0
-# Seconds until the system has ended a child: a kernel that hangs has to be stopped first.
+# Seconds for the system to end a child: it must stop a kernel that hangs first.
 ENDING = 10.0
 
 Work = Callable[[Shape, Config, bool, torch.device], None]
 
 
-class Trials:
-    """A context manager, and in it a function of a shape, a candidate and whether the pre-activation is kept.
+class Trials(AbstractContextManager["Trials"]):
+    """A context manager; in it, call it with a shape, a candidate and whether the pre-activation is kept.
 
-    The function raises ``Refused`` where the candidate must not be run here, and ``GpuUnusable`` where no child can try
-    any more. work: what the child does; it raises if the candidate fails.
+    The call raises ``Refused`` if the candidate failed in the child, and ``GpuUnusable`` if no child can use the GPU.
+    work: called in the child; it raises if the candidate fails.
     """
 
     def __init__(self, device: torch.device, work: Work = first_run) -> None:
         self._device, self._work = device, work
-        self._child: Any = None
-        self._pipe: Connection
-        self._fatal: dict[Config, str] = {}  # who ended a child, and how
+        self._fatal: dict[Config, str] = {}  # how each of these candidates ended a child
 
     def __enter__(self) -> "Trials":
         self._start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def __call__(self, shape: Shape, config: Config, training: bool) -> None:
         if config in self._fatal:
             raise Refused(self._fatal[config])
-        if self._child is None:
-            self._start()
         try:
             self._pipe.send((shape, config, training))
             error, is_usable = self._answer(LIMIT)
@@ -63,16 +56,17 @@ class Trials:
         if not is_usable:
             self._fatal[config] = str(error)
             self._end()
+            self._start()
         if error is not None:
             raise Refused(error)
 
     def _start(self) -> None:
         # A fork would share the parent's CUDA context, which does not survive it.
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_try, args=(theirs, self._device, self._work), daemon=True)
+        self._pipe, childs_end = context.Pipe()
+        self._child = context.Process(target=_try, args=(childs_end, self._device, self._work), daemon=True)
         self._child.start()
-        theirs.close()
+        childs_end.close()
         try:
             error, _ = self._answer(STARTING)
         except (TimeoutError, EOFError, OSError):
@@ -88,15 +82,13 @@ class Trials:
         return error, is_usable
 
     def _end(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.join(ENDING)
-            self._pipe.close()
-            self._child = None
+        self._child.kill()
+        self._child.join(ENDING)
+        self._pipe.close()
 
 
 def _try(pipe: Connection, device: torch.device, work: Work) -> None:
-    """What a child does: for each candidate it is sent, answer with its error or None, and whether it can go on."""
+    """Run in a child: answer each candidate with its error or None, and whether the GPU still works."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     try:
         torch.zeros(1, device=device)

@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from reference64 import rms
 from torch import Tensor

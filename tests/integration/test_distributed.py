@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 # How the model is wrapped -> kernels launched in a step, forward and backward, on each rank.
