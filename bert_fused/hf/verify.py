@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..unpad.hooks import argument, reads_of
+from ..unpad.heads import reads_of
+from ..unpad.hooks import argument
 from .fuse import fused, unfused
 
 

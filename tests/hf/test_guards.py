@@ -45,7 +45,8 @@ from transformers.models.distilbert.modeling_distilbert import FFN
 from transformers.models.vit.modeling_vit import ViTMLP
 
 from bert_fused import FusedBertIntermediate, FusedBertPooler, fuse, unfuse
-from bert_fused.hf.modules import _FusedIntermediate, activation_name
+from bert_fused.hf.activations import activation_name
+from bert_fused.hf.modules import _FusedIntermediate
 
 KERNELS = ["linear_act_fwd", "act_bwd"]
 PYTORCH: list[str] = []
