@@ -3,14 +3,15 @@
 import inspect
 import os
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 # Class -> its ``forward``, once that was found to be code of the class's file. Reading code takes a microsecond a call.
-forwards: dict[type[nn.Module], Any] = {}
+forwards: dict[type, object] = {}
 
 # This module's hooks stay on layers for good once hidden states were asked for, and are idle in calls that do not ask.
 _CAPTURING = "transformers.utils.output_capturing"
@@ -23,7 +24,7 @@ def class_is_patched(kind: type[nn.Module]) -> bool:
     if forward is forwards.get(kind):
         return False
     package = os.path.dirname(str(sys.modules[kind.__module__.partition(".")[0]].__file__))
-    function: Any = forward
+    function = forward
     while hasattr(function, "__wrapped__") and _file_of(function).startswith(package + os.sep):
         function = function.__wrapped__
     if _file_of(function) != sys.modules[kind.__module__].__file__:
@@ -32,33 +33,51 @@ def class_is_patched(kind: type[nn.Module]) -> bool:
     return False
 
 
-def is_defined_in(function: Any, module: str) -> bool:
+def is_defined_in(function: object, module: str) -> bool:
     """Whether a function is code of a module's file."""
     return _file_of(function) == sys.modules[module].__file__
 
 
-def _file_of(function: Any) -> str:
+def _file_of(function: object) -> str:
     code = getattr(function, "__code__", None)
     return str(code.co_filename) if code is not None else ""
 
 
+def original_of(module: nn.Module) -> type[nn.Module]:
+    """Hugging Face's class of a module; the module's own class if it is not, or, in another thread, no longer fused."""
+    kind = type(module)
+    original: type[nn.Module] = getattr(kind, "original", kind)
+    return original
+
+
+def touched(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that have hooks or a forward of their own. Global hooks are checked apart.
+
+    One call for many modules: a call of Python for each would take longer than the checks.
+    """
+    found = []
+    for module in modules:
+        attributes = module.__dict__
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
+            or "_hf_hook" in attributes
+        ):
+            found.append(module)
+    return found
+
+
 def hook_reason(module: nn.Module) -> str | None:
     """Why calling ``module`` may run more or other code than its class's ``forward``, or None."""
-    attributes = module.__dict__
-    if "forward" in attributes or "_hf_hook" in attributes:
+    if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
         return "a forward of its own"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    ):
-        return "hooks"
-    return None
+    return "hooks" if touched((module,)) or _has_any_global_hook() else None
 
 
-def watch_reason(module: nn.Module, ours: tuple[Any, ...] = ()) -> str | None:
+def watch_reason(module: nn.Module, ours: Collection[Callable[..., object]] = ()) -> str | None:
     """As ``hook_reason``, but hooks in ``ours`` and those that transformers left behind do not count."""
     reason = hook_reason(module)
     if reason != "hooks" or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
@@ -79,7 +98,7 @@ class Signature(NamedTuple):
     takes_more: bool
 
 
-_signatures: dict[Any, Signature] = {}
+_signatures: dict[Callable[..., object], Signature] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -96,6 +115,6 @@ def signature_of(kind: type[nn.Module]) -> Signature:
     return _signatures[forward]
 
 
-def arguments(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments(kind: type[nn.Module], args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
     """The arguments of a call of ``kind.forward`` by name. Surplus positional arguments are left out."""
-    return dict(zip(signature_of(kind).positional, args, strict=False)) | kwargs
+    return dict(zip(signature_of(kind).positional, args, strict=False)) | dict(kwargs)

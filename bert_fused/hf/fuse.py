@@ -5,14 +5,18 @@ A module is fused by assigning its ``__class__``: parameters, hooks, keys and id
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ..unpad import encoder, hooks
+from ..unpad.attention import FusedAttention, FusedSelfAttention
+from ..unpad.hooks import add_hooks, remove_hooks
+from ..unpad.sites import EncoderSite, encoder_sites, settings
 from . import modules
+from .checks import path_of, step_aside_reason
 from .recognize import lookalike_reason
 
 _lock = threading.Lock()
@@ -109,7 +113,7 @@ def unfuse(model: nn.Module) -> None:
     """
     _check(model)
     _restore(model.modules())
-    hooks.remove_hooks(model.modules())
+    remove_hooks(model.modules())
 
 
 @contextlib.contextmanager
@@ -136,70 +140,65 @@ def fused(
         _restore(change.module for change in fused_now)
         for change in fused_now:
             if change.site is not None:
-                hooks.remove_hooks(module for module, _ in change.site.hooked)
+                remove_hooks(module for module, _ in change.site.hooked)
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A module, the class it is to have, and its options. site: where an encoder is (``hooks.EncoderSite``)."""
+class _Change(NamedTuple):
+    """A module, the class it is to have, and its options. site: where an encoder is."""
 
     module: nn.Module
     kind: type[nn.Module]
-    options: dict[str, Any]
-    site: hooks.EncoderSite | None = None
+    options: Mapping[str, object] = MappingProxyType({})
+    site: EncoderSite | None = None
 
 
 def _apply(changes: Iterable[_Change]) -> None:
     with _lock:
-        for change in changes:
+        for module, kind, options, site in changes:
             for name in _OPTIONS:
-                change.module.__dict__.pop(name, None)
-            change.module.__dict__.update(change.options)
-            change.module.__class__ = change.kind
-            if change.site is None:
-                continue
-            if change.options:
-                hooks.add_hooks(change.site)
-            else:
-                hooks.remove_hooks(module for module, _ in change.site.hooked)
+                module.__dict__.pop(name, None)
+            module.__dict__.update(options)
+            module.__class__ = kind
+            if site is not None and options:
+                add_hooks(site.hooked)
+            elif site is not None:
+                remove_hooks(module for module, _ in site.hooked)
 
 
 @dataclass
 class _Plan:
     """The content of a report, and the changes: ``now`` in modules not fused yet, ``before`` in those that are."""
 
-    fused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     now: list[_Change] = field(default_factory=list)
     before: list[_Change] = field(default_factory=list)
 
-    def fuse(self, name: str, path: str, change: _Change, already: Any) -> None:
-        self.fused.append(name)
-        self.paths[name] = path
-        (self.before if already else self.now).append(change)
+    def add(self, change: _Change) -> None:
+        (self.before if modules.original_class(change.module) is not None else self.now).append(change)
 
 
 def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
     """The report, and the changes in modules not fused yet and in those that are. Changes nothing."""
     _check(model)
     plan = _Plan()
-    encoder_sites = list(hooks.encoder_sites(model))
-    unread = {id(site.pooler) for site in encoder_sites if site.head is None and options.skip_pooler}
+    sites = list(encoder_sites(model))
+    unread = {id(site.pooler) for site in sites if site.head is None and options.skip_pooler}
     with _lock:
-        matched_by_name = _names_others_match(model)
+        # accelerate and FSDP would not find these modules if their class had another name.
+        matched_by_name = {name for each in model.modules() for name in getattr(each, "_no_split_modules", None) or ()}
         _plan_blocks(plan, model, options, matched_by_name, unread)
         skipped_poolers = {id(change.module) for change in (*plan.now, *plan.before) if "skip" in change.options}
-        for site in encoder_sites:
+        for site in sites:
             pools = site.pooler is not None and id(site.pooler) not in skipped_poolers
             _plan_encoder(plan, site, options, matched_by_name, pools)
     holds_no = f"{type(model).__name__} holds no"
-    if (options.unpad or options.cls_only) and not encoder_sites:
+    if (options.unpad or options.cls_only) and not sites:
         families = "bert, roberta, xlm-roberta, camembert, electra"
         plan.skipped[""] = f"{holds_no} whole model of the families {families}, so no encoder is fused"
-    elif not plan.fused and not plan.skipped:
+    elif not plan.paths and not plan.skipped:
         plan.skipped[""] = f"{holds_no} module of transformers that can be fused"
-    return FuseReport(tuple(plan.fused), plan.skipped, plan.paths), plan.now, plan.before
+    return FuseReport(tuple(plan.paths), plan.skipped, plan.paths), plan.now, plan.before
 
 
 def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
@@ -215,59 +214,55 @@ def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_nam
         if wrapped is not None and not already:
             reason = f"fully_shard made it a {type(module).__name__}, which it must stay: fuse before fully_shard"
         else:
-            reason = modules.step_aside_reason(module, target.block)
+            reason = step_aside_reason(module, already or type(module), target.block)
         if reason is None and type(module).__name__ in matched_by_name:
             reason = _MATCHED_BY_NAME
         if reason is not None:
             plan.skipped[name] = reason
             continue
         settings = {"recompute_preact": True} if options.recompute_preact else {}
-        path = modules.path_of(module, target.block)
+        plan.paths[name] = path_of(module, target.block)
         if id(module) in unread:
-            settings["skip"], path = True, "left out on request"
-        plan.fuse(name, path, _Change(module, target if wrapped is None else type(module), settings), already)
+            settings["skip"], plan.paths[name] = True, "left out on request"
+        plan.add(_Change(module, target if wrapped is None else type(module), settings))
 
 
-def _plan_encoder(
-    plan: _Plan, site: hooks.EncoderSite, options: Options, matched_by_name: set[str], pools: bool
-) -> None:
+def _plan_encoder(plan: _Plan, site: EncoderSite, options: Options, matched_by_name: set[str], pools: bool) -> None:
     """Plan an encoder and its attentions. pools: a pooler reads its result."""
     already = modules.original_class(site.encoder)
-    settings, does, reason = hooks.settings(site, options.unpad, options.cls_only, pools)
-    if settings and type(site.encoder).__name__ in matched_by_name:
-        settings, reason = {}, _MATCHED_BY_NAME
-    if settings or already:
-        # Also in layers that were moved after they were fused.
-        fused = [module for module in site.encoder.modules() if encoder.is_fused_attention(module)]
-        was = {module: kind for module in fused if (kind := modules.original_class(module)) is not None}
-        plan.before += [_Change(attention, original, {}) for attention, original in was.items()]
-    if settings:
-        for attention in encoder.attentions_of(site.encoder):
-            target = modules.fused_encoder_class(was.get(attention) or type(attention))
-            (plan.before if attention in was else plan.now).append(_Change(attention, target, {}))
-        target = modules.fused_encoder_class(already or type(site.encoder))
-        plan.fuse(site.name, does, _Change(site.encoder, target, settings, site), already)
-        return
+    granted, does, reason = settings(site, options.unpad, options.cls_only, pools)
+    if granted and type(site.encoder).__name__ in matched_by_name:
+        granted, reason = {}, _MATCHED_BY_NAME
     if reason is not None:
         plan.skipped[site.name] = reason
-    if already:
-        kind = type(site.encoder) if modules.wrapped_class(site.encoder) else already
-        plan.before.append(_Change(site.encoder, kind, {}, site))
-
-
-def _names_others_match(model: nn.Module) -> set[str]:
-    """Class names that accelerate and FSDP look for; they would not find a module whose class has another name."""
-    names: set[str] = set()
-    for module in model.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    return names
+    if not granted and already is None:
+        return
+    attentions = []
+    if granted:
+        attentions = [layer.attention.self for layer in site.encoder.layer] + [site.encoder.layer[-1].attention]
+    for module in site.encoder.modules():
+        original = modules.original_class(module) or type(module)
+        if module in attentions:
+            plan.add(_Change(module, modules.fused_encoder_class(original) or original))
+        elif isinstance(module, (FusedSelfAttention, FusedAttention)):  # in a layer that was moved after it was fused
+            plan.add(_Change(module, original))
+    kind = type(site.encoder)
+    if granted:
+        kind = modules.fused_encoder_class(already or kind) or kind
+        plan.paths[site.name] = does
+    elif not modules.wrapped_class(site.encoder):
+        kind = already or kind
+    plan.add(_Change(site.encoder, kind, granted, site))
 
 
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuse within a ``with`` block, then fuse the same modules again."""
     was_fused = [module for module in model.modules() if modules.original_class(module)]
-    before = [_Change(module, type(module), _options_of(module)) for module in was_fused]
+    before = []
+    for module in was_fused:
+        options = {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
+        before.append(_Change(module, type(module), options))
     _restore(was_fused)
     try:
         yield
@@ -275,24 +270,17 @@ def unfused(model: nn.Module) -> Iterator[None]:
         _apply(before)
 
 
-def _options_of(module: nn.Module) -> dict[str, Any]:
-    return {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
-
-
 def _restore(candidates: Iterable[nn.Module]) -> None:
-    candidates = list(candidates)
     with _lock:
-        for module in candidates:
-            if modules.original_class(module) and modules.wrapped_class(module):
-                raise RuntimeError(
-                    f"fully_shard made it a {type(module).__name__}, which it must stay: unfuse before fully_shard"
-                )
-        for module in candidates:
-            original = modules.original_class(module)
-            if original is not None:
-                module.__class__ = original
-                for name in _OPTIONS:
-                    module.__dict__.pop(name, None)
+        fused_ones = [(module, original) for module in candidates if (original := modules.original_class(module))]
+        for module, _ in fused_ones:
+            if modules.wrapped_class(module) is not None:
+                kind = type(module).__name__
+                raise RuntimeError(f"fully_shard made it a {kind}, which it must stay: unfuse before fully_shard")
+        for module, original in fused_ones:
+            module.__class__ = original
+            for name in _OPTIONS:
+                module.__dict__.pop(name, None)
 
 
 def _check(model: nn.Module) -> None:

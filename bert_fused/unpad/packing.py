@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,44 +28,36 @@ class Packing:
     runs: tuple[tuple[int, int], ...]
 
     def pack(self, padded: Tensor) -> Tensor:
-        """``[B, S, H]`` to ``[T, H]``."""
+        """``[B, S, ...]`` to ``[T, ...]``."""
         rows: Tensor = padded.flatten(0, 1).index_select(0, self.index)
         return rows
 
     def restore(self, rows: Tensor) -> Tensor:
-        """``[T, H]`` to ``[B, S, H]``, zeros at padding."""
+        """``[T, ...]`` to ``[B, S, ...]``, zeros at padding."""
         batch, sequence = self.keep.shape
-        padded = rows.new_zeros(batch * sequence, rows.shape[-1]).index_copy(0, self.index, rows)
-        return padded.view(batch, sequence, -1)
+        padded = rows.new_zeros(batch * sequence, *rows.shape[1:])
+        return padded.index_copy(0, self.index, rows).view(batch, sequence, *rows.shape[1:])
 
     def firsts(self, rows: Tensor) -> Tensor:
         """The first token of each sequence: ``[T, H]`` to ``[B, H]``, in packed order."""
         return rows.index_select(0, self.starts[:-1])
 
     def restore_firsts(self, rows: Tensor) -> Tensor:
-        """``[B, H]`` in packed order to ``[B, 1, H]``."""
+        """``[B, ...]`` in packed order to ``[B, 1, ...]``."""
         return torch.zeros_like(rows).index_copy(0, self.order, rows).unsqueeze(1)
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        heads: int,
-        scale: float,
-        dropout: float = 0.0,
-        firsts: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float = 0.0, firsts: bool = False
     ) -> Tensor:
         """Attention within each sequence.
 
-        key, value: ``[T, heads * D]``. query: the same, or with ``firsts`` ``[B, heads * D]``, a row for each sequence,
+        key, value: ``[T, heads, D]``. query: the same, or with ``firsts`` ``[B, heads, D]``, a row for each sequence,
         none of which may be empty then. The result has query's shape.
         """
-        if varlen_serves(query, heads, dropout):
-            return _varlen(self, query, key, value, heads, scale, firsts)
+        if varlen_serves(query, dropout):
+            return _varlen(self, query, key, value, scale, firsts)
         attend = _by_length if query.device.type == "cpu" else _padded
-        return attend(self, query, key, value, heads, scale, dropout, firsts)
+        return attend(self, query, key, value, scale, dropout, firsts)
 
 
 # Packing reads how many tokens there are, so torch.compile must break its graph here.
@@ -93,92 +84,61 @@ def _runs(lengths: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple((len(list(run)), length) for length, run in itertools.groupby(lengths) if length)
 
 
-def kept(mask: Tensor, shape: torch.Size, attention: str) -> Tensor | None:
-    """The real tokens, bool ``[B, S]``, of a caller's mask; None unless the mask marks only padding.
-
-    mask: ``[B, S]``, where nonzero is real, or ``[B, 1, 1 or S, S]`` as ``attention`` ("sdpa" or "eager") understands
-    it: bool, or added to the scores. Every query must see the same keys then.
-    """
-    batch, sequence = shape
-    if mask.dim() == 2:
-        return mask.bool() if mask.shape == shape else None
-    if mask.dim() != 4 or mask.shape not in ((batch, 1, 1, sequence), (batch, 1, sequence, sequence)):
-        return None
-    if mask.dtype is torch.bool and attention == "sdpa":
-        keep, means_that = mask, True
-    elif mask.is_floating_point():
-        keep = mask == 0
-        dropped = (mask == float("-inf")) | (mask == torch.finfo(mask.dtype).min)
-        means_that = bool((keep | dropped).all())
-    else:  # eager attention adds a bool mask to the scores
-        return None
-    return keep[:, 0, 0] if means_that and bool((keep == keep[:, :, :1]).all()) else None
-
-
-def varlen_serves(query: Tensor, heads: int, dropout: float) -> bool:
-    """Whether ``torch.nn.attention.varlen``, which is flash attention, computes this attention."""
-    width = query.shape[-1] // heads
+def varlen_serves(query: Tensor, dropout: float) -> bool:
+    """Whether ``torch.nn.attention.varlen``, which is flash attention, computes attention for ``[T, heads, D]``."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and dropout == 0
-        and width % 8 == 0
-        and width <= 256
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
         and torch.version.hip is None
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
-def _varlen(
-    packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, firsts: bool
-) -> Tensor:
+def _varlen(packing: Packing, query: Tensor, key: Tensor, value: Tensor, scale: float, firsts: bool) -> Tensor:
     # The longest sequence is at most S long; reading its exact length would wait for the GPU.
     batch, longest = packing.keep.shape
     starts, per_query = packing.starts, longest
     if firsts:
         starts, per_query = torch.arange(batch + 1, dtype=torch.int32, device=query.device), 1
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (query, key, value))
-    out: Any = varlen_attn(q, k, v, starts, packing.starts, per_query, longest, scale=scale)
-    return cast(Tensor, out.flatten(-2))
+    out = varlen_attn(query, key, value, starts, packing.starts, per_query, longest, scale=scale)
+    assert isinstance(out, Tensor)  # a tuple only where more than the result is asked for
+    return out
 
 
 # Lengths differ from batch to batch, and torch.compile would compile this for each of them.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_length(
-    packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, dropout: float, firsts: bool
+    packing: Packing, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, firsts: bool
 ) -> Tensor:
     """One call for each length: sequences of one length lie side by side and need neither a copy nor a mask."""
     tokens = [count * length for count, length in packing.runs]
     queries = [count for count, _ in packing.runs] if firsts else tokens
     pieces = []
-    for (count, _), *qkv in zip(
+    for (count, _), q, k, v in zip(
         packing.runs, query.split(queries), key.split(tokens), value.split(tokens), strict=True
     ):
-        q, k, v = (t.unflatten(0, (count, -1)) for t in qkv)
-        pieces.append(_sdpa(q, k, v, heads, scale, dropout).flatten(0, 1))
+        q, k, v = [rows.view(count, -1, *rows.shape[1:]) for rows in (q, k, v)]
+        pieces.append(_sdpa(q, k, v, scale, dropout).flatten(0, 1))
     return torch.cat(pieces)
 
 
 def _padded(
-    packing: Packing, query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, dropout: float, firsts: bool
+    packing: Packing, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, firsts: bool
 ) -> Tensor:
     """One call with padding and a mask, for devices on which a call for each length would cost more to launch."""
     q = packing.restore_firsts(query) if firsts else packing.restore(query)
     k, v, mask = packing.restore(key), packing.restore(value), packing.keep[:, None, None, :]
-    out = _sdpa(q, k, v, heads, scale, dropout, mask)
+    out = _sdpa(q, k, v, scale, dropout, mask)
     return out[packing.order, 0] if firsts else packing.pack(out)
 
 
 def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    heads: int,
-    scale: float,
-    dropout: float = 0.0,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Attention over ``[N, S, heads * D]``; the result has query's shape."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    """Attention over ``[N, S, heads, D]``; the result has query's shape."""
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return out.transpose(1, 2).flatten(-2)
+    return out.transpose(1, 2)

@@ -11,7 +11,7 @@ from models import SIZES, drawn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bert_fused.unpad import encoder as fused_encoder
+from bert_fused.unpad import attention as fused_attention
 
 HEADS = {
     "Model": "pooler",
@@ -82,8 +82,8 @@ def watched() -> Iterator[list[tuple[int, ...]]]:
         return watch
 
     with (
-        mock.patch.object(fused_encoder, "_attend_packed", watching(fused_encoder._attend_packed, 1)),
-        mock.patch.object(fused_encoder, "_attend_first", watching(fused_encoder._attend_first, 0)),
+        mock.patch.object(fused_attention, "_attend_packed", watching(fused_attention._attend_packed, 1)),
+        mock.patch.object(fused_attention, "_attend_first", watching(fused_attention._attend_first, 0)),
     ):
         yield shapes
 

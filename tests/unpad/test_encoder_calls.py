@@ -441,7 +441,7 @@ def test_the_stand_in_has_the_signature_of_torchs_own() -> None:
 def test_attention_as_on_a_gpu(way, pattern, name, monkeypatch) -> None:
     if way == "varlen":
         monkeypatch.setattr(packing, "varlen_attn", reference_varlen)
-        monkeypatch.setattr(packing, "varlen_serves", lambda query, heads, dropout: True)
+        monkeypatch.setattr(packing, "varlen_serves", lambda query, dropout: True)
     else:
         monkeypatch.setattr(packing, "_by_length", packing._padded)
     ours, theirs = pair(name)
@@ -462,8 +462,8 @@ def test_attention_as_on_a_gpu(way, pattern, name, monkeypatch) -> None:
 def test_what_varlen_serves(monkeypatch) -> None:
     def serves(dtype=torch.bfloat16, cuda=True, width=64, dropout=0.0, capability=(9, 0)) -> bool:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        query = SimpleNamespace(dtype=dtype, is_cuda=cuda, shape=(5, 3 * width), device=None)
-        return packing.varlen_serves(query, 3, dropout)
+        query = SimpleNamespace(dtype=dtype, is_cuda=cuda, shape=(5, 3, width), device=None)
+        return packing.varlen_serves(query, dropout)
 
     assert serves()
     assert serves(torch.float16, capability=(8, 0))

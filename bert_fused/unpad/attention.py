@@ -1,0 +1,135 @@
+"""The attentions of a fused encoder: over packed rows, or of position 0 alone. Needs transformers.
+
+In the place of an attention mask, Hugging Face's layers hand an ``EncoderMask`` down to the self-attention, whose class
+is ours. Where only position 0 is read, the last layer's attention, whose class is ours as well, drops the other rows.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from ..guards import arguments, original_of
+from .packing import Packing
+
+# Keyword arguments that do not change the result of an encoder or an attention.
+_HARMLESS = ("position_ids", "num_items_in_batch")
+
+
+# Not a NamedTuple: wrappers of modules look into tuples for tensors to cast or to move.
+@dataclass(frozen=True)
+class EncoderMask:
+    """Takes the place of the attention mask inside a fused encoder.
+
+    packing: how the rows are packed; None if they are not. mask: Hugging Face's own attention mask, for rows that are
+    not packed. only_first: the last layer computes position 0 alone. attended: all hidden states, if the attention is
+    given only the rows of position 0.
+    """
+
+    packing: Packing | None
+    mask: Tensor | None
+    only_first: bool
+    attended: Tensor | None = None
+
+
+class NotUnderstood(Exception):
+    """A part of the encoder was given an argument that ours does not know; the message names both."""
+
+
+class FusedSelfAttention(nn.Module):
+    original: type[nn.Module]
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        original = original_of(self)
+        mask = _encoder_mask(args, kwargs)
+        if mask is None:
+            return original.forward(self, *args, **kwargs)
+        if mask.packing is None and mask.attended is None:
+            args, kwargs = _exchanged(args, kwargs, mask, mask.mask)
+            return original.forward(self, *args, **kwargs)
+        rows = _hidden_states(original, args, kwargs)
+        return (_attend_packed if mask.packing is not None else _attend_first)(self, rows, mask), None
+
+
+class FusedAttention(nn.Module):
+    """The last layer's attention: it keeps only position 0 if no other is read."""
+
+    original: type[nn.Module]
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        original = original_of(self)
+        mask = _encoder_mask(args, kwargs)
+        if mask is not None and mask.only_first:
+            hidden = _hidden_states(original, args, kwargs)
+            rows = hidden[:, :1] if mask.packing is None else mask.packing.firsts(hidden[0])[None]
+            args, kwargs = _exchanged(args, kwargs, mask, replace(mask, attended=hidden))
+            args, kwargs = _exchanged(args, kwargs, hidden, rows)
+        return original.forward(self, *args, **kwargs)
+
+
+def _exchanged(
+    args: tuple[object, ...], kwargs: dict[str, object], old: object, new: object
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The arguments of a call with ``new`` in the place of ``old``."""
+    others = {name: new if value is old else value for name, value in kwargs.items()}
+    return tuple([new if value is old else value for value in args]), others
+
+
+def _encoder_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> EncoderMask | None:
+    for arg in (*args, *kwargs.values()):
+        if type(arg) is EncoderMask:
+            return arg
+    return None
+
+
+def heeded(given: Mapping[str, object]) -> list[str]:
+    """The names of those arguments of a call that may change its result."""
+    return [name for name, value in given.items() if value is not None and value is not False and name not in _HARMLESS]
+
+
+def _hidden_states(original: type[nn.Module], args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    """The hidden states that an attention was called with.
+
+    Raises:
+        NotUnderstood: the attention was given something else that may change the result.
+    """
+    given = arguments(original, args, kwargs)
+    unknown = [name for name in heeded(given) if type(given[name]) is not EncoderMask]
+    hidden = given.get("hidden_states")
+    if unknown != ["hidden_states"] or not isinstance(hidden, Tensor):
+        raise NotUnderstood(f"{original.__name__} was given {', '.join(unknown)}")
+    return hidden
+
+
+def _attend_packed(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask) -> Tensor:
+    """Self-attention of packed rows ``[1, T, H]``, or of the first token of each sequence, ``[1, B, H]``."""
+    assert mask.packing is not None
+    attended = (rows if mask.attended is None else mask.attended)[0]
+    heads = attention.num_attention_heads
+    context = mask.packing.attend(
+        attention.query(rows[0]).unflatten(-1, (heads, -1)),
+        attention.key(attended).unflatten(-1, (heads, -1)),
+        attention.value(attended).unflatten(-1, (heads, -1)),
+        scale=attention.scaling,
+        dropout=attention.dropout.p if attention.training else 0.0,
+        firsts=mask.attended is not None,
+    )
+    return context.flatten(-2)[None]
+
+
+def _attend_first(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask) -> Tensor:
+    """The model's own attention of position 0, ``[B, 1, H]``, to all hidden states, ``[B, S, H]``."""
+    eager = vars(sys.modules[original_of(attention).__module__])["eager_attention_forward"]
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    query, key, value = (
+        projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for projected in (attention.query(rows), attention.key(mask.attended), attention.value(mask.attended))
+    )
+    first_row = mask.mask[:, :, :1] if mask.mask is not None else None
+    dropout = attention.dropout.p if attention.training else 0.0
+    context, _ = function(attention, query, key, value, first_row, dropout=dropout, scaling=attention.scaling)
+    flat: Tensor = context.flatten(-2)
+    return flat
