@@ -54,7 +54,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
 
     A method that was replaced on its class runs instead, whether before or after this one was made.
     """
-    read = getattr(original, block.method)
+    read: Callable[..., object] = getattr(original, block.method)
     if not is_defined_in(read, original.__module__):
         return read
     _, first, dropout, *_, rest = block

@@ -9,8 +9,10 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -272,6 +274,14 @@ def large_tiles(M: int, dtype: str, arch: int) -> Config:
     return Config("pointer", dtype, 64, 128, 128, num_warps=1, num_stages=1)
 
 
+def prepared() -> AbstractContextManager[Any]:
+    """The interpreter as the tests have it, with large tiles."""
+    interpreter.install()
+    fallback.INTERPRETER_DTYPES = fallback.KERNEL_DTYPES
+    torch.set_num_threads(1)
+    return mock.patch.object(lookup, "default_config", large_tiles)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python tests/support/numerics.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE.md", help="default: %(default)s")
@@ -289,9 +299,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # As the tests set it up.
-    interpreter.install()
-    fallback.INTERPRETER_DTYPES = fallback.KERNEL_DTYPES
-    torch.set_num_threads(1)
-    with mock.patch.object(lookup, "default_config", large_tiles):
+    with prepared():
         sys.exit(main(sys.argv[1:]))
