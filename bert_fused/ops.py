@@ -47,7 +47,7 @@ def linear_act(
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
         save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
-        plan = plans.get(key_of((activation, save_preact), x, weight, bias))
+        plan = plans.get(key_of(x, weight, bias, activation, save_preact))
         if plan is not None:  # an equal call has passed the checks below
             outputs = plan(x, weight, bias)
             return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]

@@ -122,7 +122,7 @@ def act_bwd(d_out: Tensor, saved: Tensor, *, activation: str, bias_grad: bool) -
     other activations.
     """
     saved = saved.contiguous()
-    key = key_of(("act_bwd", activation, bias_grad), d_out, saved)
+    key = key_of(d_out, saved, None, f"backward of {activation}", bias_grad)
     plan = plans.get(key)
     if plan is None:
         plan = _backward_plan(d_out, saved, activation, bias_grad)

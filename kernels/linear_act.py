@@ -165,7 +165,7 @@ def linear_act_fwd(
     """
     if config is not None:
         return _make_plan(x, weight, bias, activation, save_preact, config)(x, weight, bias)
-    key = key_of((activation, save_preact), x, weight, bias)
+    key = key_of(x, weight, bias, activation, save_preact)
     plan = plans.get(key)
     if plan is None:
         plan = _make_plan(x, weight, bias, activation, save_preact, None)

@@ -46,8 +46,8 @@ plans: dict[Any, Plan] = {}
 os.register_at_fork(after_in_child=plans.clear)
 
 
-def key_of(call: tuple[Any, ...], a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Any, ...] | None:
-    """What a plan depends on: ``call``, and of each tensor all but the address; None for a tensor without strides.
+def key_of(a: Tensor, b: Tensor, c: Tensor | None, activation: str, flag: bool) -> tuple[Any, ...] | None:
+    """What a plan depends on: of each tensor all but the address; None if one of them has no strides.
 
     Triton compiles for addresses on 16-byte boundaries, so where a tensor lies between two of them counts. A lazily
     zero tensor has no address, and no key in common with others. A device's index says where a tensor is: no process
@@ -57,7 +57,8 @@ def key_of(call: tuple[Any, ...], a: Tensor, b: Tensor, c: Tensor | None = None)
     dtype = a.dtype
     try:
         return (
-            call,
+            activation,
+            flag,
             dtype,
             a.get_device(),
             a.shape,
@@ -100,17 +101,21 @@ class Matrix(NamedTuple):
     block_shape: list[int]
 
 
-class Launcher(NamedTuple):
-    """How to launch a compiled kernel: ``function(*grid, stream, *fixed, ...)``, then the kernel's arguments.
+class Compiled(NamedTuple):
+    """A kernel that Triton's C function launches: ``function(*grid, stream, *fixed, ...)``, then its arguments.
 
-    function: Triton's C function. unpacks: it takes the kernel's arguments one by one, not as a tuple.
-    compiled: Triton 3.9 unloads a kernel that nothing refers to.
+    unpacks: the function takes the kernel's arguments one by one, not as a tuple.
+    rest: the kernel's arguments after the tensors. encoders: None, or one for each tensor, None for a pointer.
+    handle: Triton 3.9 unloads a kernel that nothing refers to.
     """
 
     function: Callable[..., None]
     fixed: tuple[Any, ...]
     unpacks: bool
-    compiled: Any
+    device: int
+    rest: tuple[Any, ...]
+    encoders: tuple[Encoder | None, ...] | None
+    handle: Any
 
 
 class Launch:
@@ -140,38 +145,29 @@ class Launch:
         self.numbers = numbers
         self.constants = constants
         self.matrices = matrices
-        # Set by the first call.
-        self.launcher: Launcher | None = None
-        self.device = -1
-        self.values: tuple[Any, ...] = ()
-        self.encoders: tuple[Encoder | None, ...] | None = None
+        self.compiled: Compiled | None = None  # set by the first call
 
     def __call__(self, *tensors: Any) -> None:
-        if INTERPRETED or not LAUNCHER_IS_KNOWN or is_observed(self.kernel):
-            return self._launch_by_triton(tensors)
-        launcher = self.launcher or self._compile(tensors)
-        if launcher is None:
-            return self._launch_by_triton(tensors)
-        device = self.device
+        compiled = self.compiled
+        if compiled is None or is_observed(self.kernel):
+            return self._launch_unprepared(tensors)
+        function, fixed, unpacks, device, rest, encoders, _ = compiled
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(*tensors)
         arguments = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if self.encoders is not None:
-            arguments = self._encoded(arguments)
-        function, fixed, unpacks, _ = launcher
+        if encoders is not None:
+            arguments = _encoded(arguments, encoders)
         if unpacks:
-            function(*self.grid, current_stream(device), *fixed, *arguments, *self.values)
+            function(*self.grid, current_stream(device), *fixed, *arguments, *rest)
         else:
-            function(*self.grid, current_stream(device), *fixed, (*arguments, *self.values))
+            function(*self.grid, current_stream(device), *fixed, (*arguments, *rest))
 
-    def _encoded(self, addresses: list[int | None]) -> list[Any]:
-        arguments: list[Any] = []
-        for address, encode in zip(addresses, self.encoders or (), strict=True):
-            arguments += (address,) if encode is None or address is None else encode(address)
-        return arguments
-
-    def _launch_by_triton(self, tensors: tuple[Any, ...]) -> None:
+    def _launch_unprepared(self, tensors: tuple[Any, ...]) -> None:
+        """Compile where Triton's launcher may be called, and launch; else let Triton launch."""
+        by_triton = INTERPRETED or not LAUNCHER_IS_KNOWN or is_observed(self.kernel)
+        if not by_triton and self._compile(tensors):
+            return self(*tensors)
         if not (LAUNCHER_IS_KNOWN or INTERPRETED):
             _warn_once()
         with on_device(tensors[0]):
@@ -184,26 +180,25 @@ class Launch:
             for tensor, matrix in zip(tensors, self.matrices or len(tensors) * (None,), strict=True)
         ]
 
-    def _compile(self, tensors: tuple[Any, ...]) -> Launcher | None:
-        """None if Triton has no kernel that its C function can launch by itself."""
+    def _compile(self, tensors: tuple[Any, ...]) -> bool:
+        """Return whether Triton has a kernel that its C function can launch by itself."""
         args = self._described(tensors)
         with on_device(tensors[0]):
-            compiled = self.kernel.warmup(*args, *self.numbers, grid=self.grid, **self.constants)
-            if compiled is None:  # a hook of Triton's took over the compilation
-                return None
-            run = compiled.run
+            handle = self.kernel.warmup(*args, *self.numbers, grid=self.grid, **self.constants)
+            if handle is None:  # a hook of Triton's took over the compilation
+                return False
+            run = handle.run
             if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
-                return None  # Triton would allocate memory for each launch; none of our kernels needs it
+                return False  # Triton would allocate memory for each launch; none of our kernels needs it
+        encoders: list[Encoder | None] = []
         if self.matrices is not None:
-            metadata = iter(compiled.metadata.tensordesc_meta or ())
-            self.encoders = tuple(
-                _encoder_of(arg, next(metadata)) if type(arg) is TensorDescriptor else None for arg in args
-            )
+            metadata = iter(handle.metadata.tensordesc_meta or ())
+            encoders = [_encoder_of(arg, next(metadata)) if type(arg) is TensorDescriptor else None for arg in args]
         # The launcher reads no constexpr, but counts them.
-        self.values = (*self.numbers, *self.constants.values())[: len(self.kernel.arg_names) - len(tensors)]
-        self.device = tensors[0].get_device()
-        self.launcher = launcher_of(compiled)
-        return self.launcher
+        rest = (*self.numbers, *self.constants.values())[: len(self.kernel.arg_names) - len(tensors)]
+        device = tensors[0].get_device()
+        self.compiled = Compiled(*_launcher_of(handle), device, rest, tuple(encoders) or None, handle)
+        return True
 
 
 @functools.cache
@@ -229,19 +224,27 @@ def is_observed(kernel: Any) -> bool:
 
 
 @functools.lru_cache(MAX_PLANS)
-def launcher_of(compiled: Any) -> Launcher:
-    """How to launch a compiled kernel. Versions of Triton differ in here and in ``_encode``."""
-    run, metadata = compiled.run, compiled.packed_metadata
+def _launcher_of(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:
+    """The first three fields of ``Compiled``. Versions of Triton differ in here and in ``_encode``."""
+    run, metadata = handle.run, handle.packed_metadata
     function = run.launch
     # For a kernel with descriptors Triton wraps its C function into one that encodes them in every call.
     if inspect.isfunction(function):
         function = inspect.getclosurevars(function).nonlocals["launcher"]
-    options = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    options = (handle.function, run.launch_cooperative_grid, run.launch_pdl)
     # None: no scratch memory, no metadata for hooks, and no hooks.
     if not hasattr(run, "arg_annotations"):  # Triton 3.6 compiles a launcher for each signature
-        return Launcher(function, (*options, None, None, metadata, None, None, None), True, compiled)
+        return function, (*options, None, None, metadata, None, None, None), True
     signature = (run.arg_annotations, run.kernel_signature)
-    return Launcher(function, (*options, metadata, None, None, None, None, None, *signature), False, compiled)
+    return function, (*options, metadata, None, None, None, None, None, *signature), False
+
+
+def _encoded(addresses: list[Any], encoders: tuple[Encoder | None, ...]) -> list[Any]:
+    """The launcher's arguments for tensors at these addresses: five for a descriptor."""
+    arguments: list[Any] = []
+    for address, encode in zip(addresses, encoders, strict=True):
+        arguments += (address,) if encode is None or address is None else encode(address)
+    return arguments
 
 
 def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:

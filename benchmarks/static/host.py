@@ -84,7 +84,7 @@ def measure(rounds: int, planted_us: float) -> Samples:
     weight, bias = ours.dense.weight, ours.dense.bias
     with torch.no_grad():
         ours(x)
-    kept = plans[key_of(("gelu", False), x, weight, bias)]
+    kept = plans[key_of(x, weight, bias, "gelu", False)]
     calls["launcher"] = functools.partial(kept, x, weight, bias)
     calls["launcher_tma"] = functools.partial(forward, wide, wide[:64], None)
     config = get_config(TOKENS, HIDDEN, HIDDEN, "tf32", stub_driver.ARCH, aligned=True)

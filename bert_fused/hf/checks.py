@@ -6,6 +6,7 @@ Needs transformers.
 
 import functools
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def path_of(module: nn.Module, block: Block) -> str:
     return f"{path} in eval mode, since dropout comes first" if block.dropout else path
 
 
-def activation_now(function: object, linear: object, hidden: object) -> str | None:
+def activation_now(function: Any, linear: Any, hidden: Tensor) -> str | None:
     """The kernels' name for a module's activation, or None if the module must step aside in this call.
 
     Checks what can change between calls, the usual case first and in the fewest steps; ``linear_act`` checks the
@@ -103,10 +104,9 @@ def activation_now(function: object, linear: object, hidden: object) -> str | No
     name = _ACTIVATION_OF_TYPE.get(kind)
     if (
         name is not None
-        and isinstance(function, nn.Module)
         and type(linear) is nn.Linear
         and nn.Linear.forward is forwards.get(nn.Linear)
-        and type(function).forward is forwards.get(kind)
+        and kind.forward is forwards.get(kind)
         and not touched((linear, function))
         and not _has_any_global_hook()
         and (kind is not hf.GELUActivation or function.act is F.gelu)

@@ -6,7 +6,6 @@ Every other class that ``recognize.py`` knows gets a ``Fused...`` counterpart wh
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
@@ -36,19 +35,6 @@ class FusedBlock(nn.Module):
     skip = False
 
 
-def _parts(module: nn.Module, original: type[nn.Module], block: Block) -> tuple[object, object, Any, Any]:
-    """A module's activation, linear layer, weight and bias. ``getattr`` would take ten times as long."""
-    children = module.__dict__["_modules"]
-    function, linear = children.get(block.activation), children.get(block.linear)
-    if function is None:
-        function = activation_of(module, original, block)
-    try:
-        parameters = linear._parameters
-        return function, linear, parameters["weight"], parameters["bias"]
-    except (AttributeError, KeyError):  # no layer, one without parameters, a replica of DataParallel
-        return function, linear, getattr(linear, "weight", None), getattr(linear, "bias", None)
-
-
 def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., object]:
     """A block's method with linear layer and activation in one kernel; the other steps are called unchanged.
 
@@ -57,26 +43,37 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
     read: Callable[..., object] = getattr(original, block.method)
     if not is_defined_in(read, original.__module__):
         return read
-    _, first, dropout, *_, rest = block
+    name, first, dropout = block.method, block.first, block.dropout
+    linear_name, function_name = block.linear, block.activation
 
     @functools.wraps(read)  # Hugging Face looks at the signature
     def method(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
         attributes = self.__dict__
         if attributes.get("skip"):
             return None
-        now = getattr(original, block.method)
+        now = getattr(original, name)
         if now is not read or len(args) != 1 or kwargs or (dropout and dropout_is_active(self)):
             return now(self, *args, **kwargs)
-        (hidden,) = args
-        function, linear, weight, bias = _parts(self, original, block)
+        hidden = args[0]
+        children = attributes["_modules"]  # getattr would take ten times as long
+        linear, function = children.get(linear_name), children.get(function_name)
+        if function is None:
+            function = activation_of(self, original, block)
         activation = activation_now(function, linear, hidden)
         if activation is None or (first and hidden.dim() != 3):
             return now(self, hidden)
+        parameters = linear._parameters
+        if "weight" in parameters:
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:  # a replica of DataParallel
+            weight, bias = linear.weight, linear.bias
         product = cls_pool if first else linear_act
-        recompute = "recompute_preact" in attributes and attributes["recompute_preact"]
-        hidden = product(hidden, weight, bias, activation, recompute_preact=recompute)
-        for name in rest:
-            hidden = getattr(self, name)(hidden)
+        if attributes.get("recompute_preact"):
+            hidden = product(hidden, weight, bias, activation, recompute_preact=True)
+        else:
+            hidden = product(hidden, weight, bias, activation)
+        for step in block.rest:
+            hidden = getattr(self, step)(hidden)
         return hidden
 
     return method

@@ -49,7 +49,7 @@ def test_a_misaligned_call_is_exact_after_an_aligned_one_was_kept(offset: int, w
     for arguments in (vars(data), moved, vars(data), moved, vars(data)):
         assert torch.equal(linear_act(*arguments.values(), "relu").double(), expected)
         if HAS_GPU:
-            assert key_of(("relu", False), data.x, data.weight, data.bias) in plans
+            assert key_of(data.x, data.weight, data.bias, "relu", False) in plans
 
 
 @VARIANTS
@@ -146,8 +146,8 @@ def test_a_kept_call_is_right_as_a_threads_first_cuda_work() -> None:
         out = linear_act(data.x, data.weight, data.bias, "relu")
     del out
     torch.cuda.synchronize()
-    key = key_of(("relu", False), data.x, data.weight, data.bias)
-    for encode in inspect.getclosurevars(plans[key]).nonlocals["launch"].encoders or ():
+    key = key_of(data.x, data.weight, data.bias, "relu", False)
+    for encode in inspect.getclosurevars(plans[key]).nonlocals["launch"].compiled.encoders or ():
         if encode is not None:
             encode.cache_clear()  # an address seen before would need no driver
     with ThreadPoolExecutor(1) as pool:

@@ -81,7 +81,9 @@ def check_a_descriptor_is_that_of_its_call() -> None:
 def encoders() -> list[Any]:
     """The functions of the one plan's launch that encode descriptors."""
     (kept,) = plans.values()
-    return [encode for encode in inspect.getclosurevars(kept).nonlocals["launch"].encoders if encode is not None]
+    return [
+        encode for encode in inspect.getclosurevars(kept).nonlocals["launch"].compiled.encoders if encode is not None
+    ]
 
 
 def check_descriptors_are_encoded_once_and_their_number_is_bounded() -> None:

@@ -166,7 +166,7 @@ def check_an_unknown_triton_gets_its_own_path() -> None:
         for _ in range(2):
             launched(lambda: linear_act(x, w, b))
         (kept,) = plans.values()
-        assert inspect.getclosurevars(kept).nonlocals["launch"].launcher is None
+        assert inspect.getclosurevars(kept).nonlocals["launch"].compiled is None
         assert records == [plan.SLOW_LAUNCHES]
     finally:
         plan.LAUNCHER_IS_KNOWN = triton.__version__.startswith(plan.KNOWN_TRITONS)

@@ -54,7 +54,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def get(key: Any) -> Any:
         plan = plans.get(key)
         if plan is not None:
-            found.append(key[0][0])
+            found.append(key[0])
         return plan
 
     monkeypatch.setattr(ops, "plans", SimpleNamespace(get=get))
@@ -229,7 +229,7 @@ def test_a_kept_call_is_not_made_where_it_would_be_wrong(name: str, monkeypatch:
 
 def plan_of(*tensors: Tensor) -> Any:
     linear_act(*tensors)
-    return plans[key_of(("gelu", False), *tensors)]
+    return plans[key_of(*tensors, "gelu", False)]
 
 
 def test_the_switch_turns_kept_calls_off(monkeypatch: pytest.MonkeyPatch, served: list[str]) -> None:
@@ -266,9 +266,9 @@ def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPa
         (x, w, torch.randn(24)[::2], "gelu", False),
     ]
     monkeypatch.setattr(launching, "_fp32_precision", lambda *_: "ieee")
-    keys = [key_of(call, *tensors) for *tensors, activation, save in variants for call in [(activation, save)]]
+    keys = [key_of(*variant) for variant in variants]
     monkeypatch.setattr(launching, "_fp32_precision", lambda *_: "tf32")
-    keys.append(key_of(("gelu", False), x, w, b))
+    keys.append(key_of(x, w, b, "gelu", False))
     assert len(set(keys)) == len(keys)
 
     class Elsewhere:
@@ -282,32 +282,32 @@ def test_a_key_tells_apart_what_a_launch_depends_on(monkeypatch: pytest.MonkeyPa
             return getattr(self.tensor, name)
 
     moved = [[Elsewhere(t) if i == j else t for j, t in enumerate((x, w, b))] for i in range(3)]
-    assert len({key_of((), *tensors) for tensors in ([x, w, b], *moved)}) == 4
+    assert len({key_of(*tensors, "gelu", False) for tensors in ([x, w, b], *moved)}) == 4
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sparse_and_nested_tensors_have_no_dense_ones_key() -> None:
     x, w, b = leaves((6, 8), (False, False, False))
-    dense = key_of((), x, w, b)
-    assert key_of((), x.to_sparse(), w, b) != dense
-    assert key_of((), x, w.to_sparse(), b) != dense
-    assert key_of((), x, w, b.to_sparse()) != dense
-    assert key_of((), torch.nested.nested_tensor([x, x]), w, b) is None
+    dense = key_of(x, w, b, "gelu", False)
+    assert key_of(x.to_sparse(), w, b, "gelu", False) != dense
+    assert key_of(x, w.to_sparse(), b, "gelu", False) != dense
+    assert key_of(x, w, b.to_sparse(), "gelu", False) != dense
+    assert key_of(torch.nested.nested_tensor([x, x]), w, b, "gelu", False) is None
 
 
 def test_a_lazily_zero_tensor_has_a_key_of_its_own() -> None:
     x, w, b = leaves((6, 8), (False, False, False))
     for place in range(3):
         zero = [torch._efficientzerotensor(t.shape) if i == place else t for i, t in enumerate((x, w, b))]
-        assert key_of((), *zero) != key_of((), x, w, b)
+        assert key_of(*zero, "gelu", False) != key_of(x, w, b, "gelu", False)
 
 
 def test_a_key_counts_the_bytes_past_a_boundary() -> None:
     x, w, b = leaves((6, 8), (False, False, False))
     room = torch.empty(128)
-    keys = {key_of((), x, w, b)}
+    keys = {key_of(x, w, b, "gelu", False)}
     for place, tensor in enumerate((x, w, b)):
         for offset in (1, 2, 4):  # 4: on the next boundary
             moved = room[offset : offset + tensor.numel()].view(tensor.shape)
-            keys.add(key_of((), *[moved if i == place else t for i, t in enumerate((x, w, b))]))
+            keys.add(key_of(*[moved if i == place else t for i, t in enumerate((x, w, b))], "gelu", False))
     assert len(keys) == 7
