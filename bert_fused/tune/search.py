@@ -108,12 +108,10 @@ def tune_shape(
     budget: Budget,
     sampler_of: SamplerOf = graph_sampler,
     trial: Trial | None = None,
-    proved: Config | None = None,
 ) -> Outcome:
     """Choose among ``candidates``, which are in order of preference, and the library; eager PyTorch is timed as well.
 
-    trial: runs candidates first, except the library and ``proved``, which ran at this shape before; None: they run in
-    this process.
+    trial: runs candidates first; None: they run in this process, as the library does.
 
     Raises:
         NotMeasured: eager or the library failed, or there is no time to compare them with a candidate.
@@ -131,7 +129,7 @@ def tune_shape(
         buffers = make_buffers(shape, device)
         x, weight, bias = buffers[0]
         checked = (x[:CHECKED_ROWS], weight, bias)
-        attempt = functools.partial(_attempt, shape, checked, trial, (library, proved))
+        attempt = functools.partial(_attempt, shape, checked, trial)
         for i, (name, config) in enumerate(rivals.items()):
             if not budget.suffices():
                 unseen = len(rivals) - i
@@ -168,13 +166,11 @@ def _rival(shape: Shape, config: Config | None) -> LinearAct:
     return functools.partial(_fused, activation=shape.activation, config=config)
 
 
-def _attempt(
-    shape: Shape, data: Data, trial: Trial | None, here: Sequence[Config | None], config: Config | None, training: bool
-) -> None:
-    """Raise what a rival raises at its first run; None is eager. Those in ``here`` run in this process."""
+def _attempt(shape: Shape, data: Data, trial: Trial | None, config: Config | None, training: bool) -> None:
+    """Raise what a rival raises at its first run; None is eager."""
     if config is None:
         check(_rival(shape, None), shape.activation, *data)
-    elif trial is None or config in here:
+    elif trial is None or config.kernel == "library":
         check_config(config, shape.activation, *data, training=training)
     else:
         trial(shape, config, training)

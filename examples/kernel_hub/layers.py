@@ -1,7 +1,7 @@
 """BERT's two dense blocks as layers for Hugging Face's Kernel Hub; ``build.py`` copies this file.
 
-A layer has no state: ``kernelize`` puts its ``forward`` onto a module of transformers. Whatever is not a plain linear
-layer with exact GELU or tanh computes what the module itself would.
+A layer has no state: ``kernelize`` puts its ``forward`` onto a module of transformers. Only plain linear layers with
+exact GELU or tanh run fused; all others compute what the module itself would.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def _is_plain(dense: Any) -> bool:
 
 
 def _is_exact_gelu(function: Any) -> bool:
-    """Whether it is transformers' ``GELUActivation`` over torch's GELU, or torch's own."""
+    """True for torch's ``GELU`` and for transformers' ``GELUActivation`` over torch's function."""
     if type(function) is nn.GELU:
         return bool(function.approximate == "none") and hook_reason(function) is None
     return type(function).__name__ == "GELUActivation" and function.act is F.gelu and hook_reason(function) is None

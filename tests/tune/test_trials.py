@@ -1,6 +1,5 @@
 """A candidate that hangs or dies costs itself: rehearsed in the interpreter, with both planted in the child process."""
 
-import contextlib
 import ctypes
 import functools
 import re
@@ -11,17 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from stub import CPU, LIBRARY, NAME, SHAPE
 
 from bert_fused.__main__ import main
 from bert_fused.cli import tune
 from bert_fused.kernels.configs import Config, forget_tables, load_user_table
 from bert_fused.tune import trials
-from bert_fused.tune.search import EAGER, Budget, GpuUnusable, Outcome, Refused, Shape, first_run, tune_shape
+from bert_fused.tune.search import EAGER, Budget, GpuUnusable, Refused, Shape, first_run, tune_shape
 from bert_fused.tune.trials import Trials
 
-CPU = torch.device("cpu")
-SHAPE = Shape(24, 64, 32, "float16")
-LIBRARY = Config("library", "float16")
 HANGS, DIES, WRONG, RIGHT, ALSO_RIGHT = (Config("pointer", "float16", m, 32, 32, 1, 1) for m in (16, 32, 64, 128, 256))
 
 
@@ -71,13 +68,13 @@ def test_tune_goes_on_after_a_hang_and_a_fault(
     children: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both at two shapes: what hung once is not waited for again."""
-    monkeypatch.setattr(tune, "find_gpu", lambda name: tune.Gpu(CPU, "NVIDIA Stub GPU", 0))
+    monkeypatch.setattr(tune, "find_gpu", lambda name: tune.Gpu(CPU, NAME, 0))
     monkeypatch.setattr(tune, "candidates", lambda *_: [HANGS, DIES, WRONG, RIGHT])
     monkeypatch.setattr(tune, "graph_sampler", sampler_of)
     monkeypatch.setattr(tune, "Trials", functools.partial(Trials, work=planted))
     assert main(["tune", "--shapes", "24x64x32,8x64x64", "--dtypes", "float16"]) == 0
     captured = capsys.readouterr()
-    assert [entry.config for entry in load_user_table(0, "NVIDIA Stub GPU")] == [RIGHT, RIGHT]
+    assert [entry.config for entry in load_user_table(0, NAME)] == [RIGHT, RIGHT]
     assert f"{HANGS} failed at 2 shapes: no result within 5 s" in captured.err
     assert re.search(rf"{DIES} failed at 2 shapes: it ended the process that tried it \(exit code -\d+\)", captured.err)
     assert f"{WRONG} failed at 2 shapes: ValueError: wrong result: planted\n" in captured.err
@@ -86,8 +83,8 @@ def test_tune_goes_on_after_a_hang_and_a_fault(
     assert not any(child.is_alive() for child in children)
 
 
-def test_who_is_tried_elsewhere() -> None:
-    """All but eager, the library and what ran here before; the chosen one once more, in training."""
+def test_all_but_eager_and_the_library_run_in_a_child_first() -> None:
+    """The chosen one runs there once more, in training."""
     tried: list[tuple[Config, bool]] = []
 
     def trial(shape: Shape, config: Config, training: bool) -> None:
@@ -98,37 +95,21 @@ def test_who_is_tried_elsewhere() -> None:
 
     outcome = tune_shape(
         SHAPE,
-        [WRONG, HANGS, RIGHT, ALSO_RIGHT],
+        [WRONG, RIGHT, ALSO_RIGHT],
         CPU,
         budget=Budget(1e9),
         sampler_of=lambda calls: functools.partial(
             {RIGHT: 7.0, ALSO_RIGHT: 8.0}.get, calls[0].keywords.get("config"), 8.5
         ),
         trial=trial,
-        proved=HANGS,
     )
     assert tried == [(WRONG, False), (RIGHT, False), (ALSO_RIGHT, False), (RIGHT, True), (ALSO_RIGHT, True)]
     assert outcome.config == ALSO_RIGHT
     assert outcome.failed == {str(WRONG): "it hung", str(RIGHT): "it hung"}
-    assert outcome.times.keys() == {EAGER, str(LIBRARY), str(HANGS), str(RIGHT), str(ALSO_RIGHT)}
+    assert outcome.times.keys() == {EAGER, str(LIBRARY), str(RIGHT), str(ALSO_RIGHT)}
 
 
-def test_what_was_measured_here_is_tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Shape, Config]] = []
-
-    def trial(shape: Shape, config: Config, training: bool) -> None:
-        asked.append((shape, config))
-
-    monkeypatch.setattr(tune, "candidates", lambda *_: [RIGHT, ALSO_RIGHT])
-    other = Shape(8, 64, 32, "float16")
-    gpu = tune.Gpu(CPU, "NVIDIA Stub GPU", 0)
-    found = tune.measure([SHAPE, other], gpu, Budget(1e9), sampler_of, trial, {SHAPE: RIGHT})
-    assert all(isinstance(outcome, Outcome) for _, outcome in found)
-    assert (SHAPE, RIGHT) not in asked
-    assert {(SHAPE, ALSO_RIGHT), (other, RIGHT), (other, ALSO_RIGHT)} <= set(asked)
-
-
-def test_a_hang_does_not_count_as_a_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_ignores_the_time_of_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else 30 s of waiting would end a run that has 60 s left."""
     now = [1000.0]
     monkeypatch.setattr("bert_fused.tune.search.time.monotonic", lambda: now[0])
@@ -199,7 +180,7 @@ def test_a_child_that_cannot_use_the_gpu_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As where a GPU serves one process at a time."""
-    monkeypatch.setattr(tune, "find_gpu", lambda name: tune.Gpu(torch.device("cuda", 0), "NVIDIA Stub GPU", 0))
+    monkeypatch.setattr(tune, "find_gpu", lambda name: tune.Gpu(torch.device("cuda", 0), NAME, 0))
     assert main(["tune", "--shapes", "24x64x32", "--dtypes", "float16"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("tune: the process that tries candidates cannot use the GPU: ")
@@ -214,22 +195,3 @@ def test_a_gpu_lost_in_between_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(GpuUnusable, match="it did not start"):
         tune_shape(SHAPE, [RIGHT], CPU, budget=Budget(1e9), sampler_of=sampler_of, trial=trial)
-
-
-def test_the_export_holds_every_shape_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not written at the end alone: the run may be killed before."""
-    monkeypatch.setattr(tune, "find_gpu", lambda name: tune.Gpu(CPU, "NVIDIA Stub GPU", 0))
-    monkeypatch.setattr(tune, "candidates", lambda *_: [RIGHT])
-    monkeypatch.setattr(tune, "graph_sampler", sampler_of)
-    monkeypatch.setattr(tune, "Trials", lambda device: contextlib.nullcontext())
-    honest, path = tune.tune_shape, tmp_path / "exported.json"
-
-    def killed_at_the_second(shape: Shape, *arguments: Any, **options: Any) -> Outcome:
-        if shape.M == 8:
-            raise SystemExit(9)
-        return honest(shape, *arguments, **options)
-
-    monkeypatch.setattr(tune, "tune_shape", killed_at_the_second)
-    with pytest.raises(SystemExit):
-        main(["tune", "--shapes", "24x64x32,8x64x64", "--dtypes", "float16", "--export", str(path)])
-    assert path.read_text().count('"measured"') == 1
