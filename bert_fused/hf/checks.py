@@ -4,18 +4,41 @@ Users add adapters, hooks and quantised layers at any time, so a call checks all
 Needs transformers.
 """
 
+import functools
+import sys
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import GELUActivation
+from transformers import activations as hf
 
 from ..fallback import device_reason, interpreted, tensor_reason
 from ..guards import class_is_patched, forwards, hook_reason, is_defined_in, touched
-from .activations import ACTIVATION_OF_TYPE, activation_name, activation_of, describe
-from .recognize import Block
+from .recognize import Block, formula_of
 
 # Without the interpreter no kernel serves a CPU tensor, and asking which path does would cost microseconds.
 _CPU_HAS_KERNELS = interpreted()
+
+_ACTIVATION_OF_TYPE: dict[type, str] = {
+    hf.GELUActivation: "gelu",
+    hf.FastGELUActivation: "gelu_tanh",
+    hf.QuickGELUActivation: "quick_gelu",
+    hf.SiLUActivation: "silu",
+    hf.LinearActivation: "none",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Tanh: "tanh",
+    nn.Identity: "none",
+}
+_ACTIVATION_OF_FUNCTION: dict[object, str] = {
+    F.gelu: "gelu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.silu: "silu",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+}
 
 
 def step_aside_reason(module: nn.Module, original: type[nn.Module], block: Block) -> str | None:
@@ -38,7 +61,7 @@ def step_aside_reason(module: nn.Module, original: type[nn.Module], block: Block
                 return f"its {block.linear} {name} cannot be read by a kernel: {reason}"
     function = activation_of(module, original, block)
     if activation_name(function) is None:
-        return f"its activation, {describe(function)}, has no kernel"
+        return f"its activation, {_describe(function)}, has no kernel"
     return None
 
 
@@ -68,20 +91,16 @@ def path_of(module: nn.Module, block: Block) -> str:
     return f"{path} in eval mode, since dropout comes first" if block.dropout else path
 
 
-def activation_now(original: type[nn.Module], function: object, linear: object, hidden: object) -> str | None:
+def activation_now(function: object, linear: object, hidden: object) -> str | None:
     """The kernels' name for a module's activation, or None if the module must step aside in this call.
 
     Checks what can change between calls, the usual case first and in the fewest steps; ``linear_act`` checks the
     tensors.
     """
-    if (
-        type(hidden) is not Tensor
-        or not (hidden.is_cuda or _CPU_HAS_KERNELS)
-        or (original.forward is not forwards.get(original) and class_is_patched(original))
-    ):
+    if type(hidden) is not Tensor or not (hidden.is_cuda or _CPU_HAS_KERNELS):
         return None
     kind = type(function)
-    name = ACTIVATION_OF_TYPE.get(kind)
+    name = _ACTIVATION_OF_TYPE.get(kind)
     if (
         name is not None
         and isinstance(function, nn.Module)
@@ -90,7 +109,7 @@ def activation_now(original: type[nn.Module], function: object, linear: object, 
         and type(function).forward is forwards.get(kind)
         and not touched((linear, function))
         and not _has_any_global_hook()
-        and (kind is not GELUActivation or function.act is F.gelu)
+        and (kind is not hf.GELUActivation or function.act is F.gelu)
     ):
         return name
     return activation_name(function) if linear_reason(linear) is None else None
@@ -102,3 +121,42 @@ def dropout_is_active(module: nn.Module) -> bool:
     if type(dropout) is not nn.Dropout or hook_reason(dropout) is not None or class_is_patched(nn.Dropout):
         return True
     return dropout.training and dropout.p > 0
+
+
+def activation_name(function: object) -> str | None:
+    """The kernels' name for an activation of transformers or torch, a module or a function; None if unknown."""
+    if not isinstance(function, nn.Module):
+        try:
+            return _ACTIVATION_OF_FUNCTION.get(function) or formula_of(function)
+        except TypeError:  # unhashable
+            return None
+    kind, act = type(function), getattr(function, "act", None)
+    if hook_reason(function) is not None or class_is_patched(kind):
+        return None
+    if kind is hf.GELUActivation:
+        return "gelu" if act is F.gelu or act == function._gelu_python else None
+    if kind is hf.GELUTanh and isinstance(act, functools.partial):
+        same = act.func is F.gelu and act.keywords == {"approximate": "tanh"} and not act.args
+        return "gelu_tanh" if same else None
+    if kind is hf.GELUTanh and act != function._gelu_tanh_python:
+        return None
+    if kind in (hf.GELUTanh, hf.NewGELUActivation, hf.AccurateGELUActivation):
+        # Their torch.pow runs in fp32 under autocast, and so does all that follows.
+        return None if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu") else "gelu_tanh"
+    if kind is nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    return _ACTIVATION_OF_TYPE.get(kind)
+
+
+def activation_of(module: nn.Module, original: type[nn.Module], block: Block) -> object:
+    """The present activation: an attribute, or the function of that name in the file of the module's class."""
+    if not block.activation.endswith("()"):
+        return getattr(module, block.activation, None)
+    function: object = sys.modules[original.__module__]
+    for name in block.activation[:-2].split("."):
+        function = getattr(function, name, None)
+    return function
+
+
+def _describe(function: object) -> str:
+    return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))

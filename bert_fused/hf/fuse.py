@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ..unpad.encoder import attentions_of, is_fused_attention
+from ..unpad.attention import FusedAttention, FusedSelfAttention
 from ..unpad.hooks import add_hooks, remove_hooks
 from ..unpad.sites import EncoderSite, encoder_sites, settings
 from . import modules
@@ -185,7 +185,8 @@ def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change]
     sites = list(encoder_sites(model))
     unread = {id(site.pooler) for site in sites if site.head is None and options.skip_pooler}
     with _lock:
-        matched_by_name = _names_others_match(model)
+        # accelerate and FSDP would not find these modules if their class had another name.
+        matched_by_name = {name for each in model.modules() for name in getattr(each, "_no_split_modules", None) or ()}
         _plan_blocks(plan, model, options, matched_by_name, unread)
         skipped_poolers = {id(change.module) for change in (*plan.now, *plan.before) if "skip" in change.options}
         for site in sites:
@@ -236,13 +237,15 @@ def _plan_encoder(plan: _Plan, site: EncoderSite, options: Options, matched_by_n
         plan.skipped[site.name] = reason
     if not granted and already is None:
         return
-    # Also attentions in layers that were moved after they were fused, which must not stay fused.
-    attentions = attentions_of(site.encoder) if granted else []
-    moved = [module for module in site.encoder.modules() if is_fused_attention(module) and module not in attentions]
-    for attention in (*attentions, *moved):
-        original = modules.original_class(attention) or type(attention)
-        target = modules.fused_encoder_class(original) if attention in attentions else original
-        plan.add(_Change(attention, target or original))
+    attentions = []
+    if granted:
+        attentions = [layer.attention.self for layer in site.encoder.layer] + [site.encoder.layer[-1].attention]
+    for module in site.encoder.modules():
+        original = modules.original_class(module) or type(module)
+        if module in attentions:
+            plan.add(_Change(module, modules.fused_encoder_class(original) or original))
+        elif isinstance(module, (FusedSelfAttention, FusedAttention)):  # in a layer that was moved after it was fused
+            plan.add(_Change(module, original))
     kind = type(site.encoder)
     if granted:
         kind = modules.fused_encoder_class(already or kind) or kind
@@ -252,22 +255,14 @@ def _plan_encoder(plan: _Plan, site: EncoderSite, options: Options, matched_by_n
     plan.add(_Change(site.encoder, kind, granted, site))
 
 
-def _names_others_match(model: nn.Module) -> set[str]:
-    """Class names that accelerate and FSDP look for; they would not find a module whose class has another name."""
-    names: set[str] = set()
-    for module in model.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    return names
-
-
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuse within a ``with`` block, then fuse the same modules again."""
     was_fused = [module for module in model.modules() if modules.original_class(module)]
-    before = [
-        _Change(module, type(module), {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__})
-        for module in was_fused
-    ]
+    before = []
+    for module in was_fused:
+        options = {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
+        before.append(_Change(module, type(module), options))
     _restore(was_fused)
     try:
         yield
@@ -276,19 +271,16 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def _restore(candidates: Iterable[nn.Module]) -> None:
-    candidates = list(candidates)
     with _lock:
-        for module in candidates:
-            if modules.original_class(module) and modules.wrapped_class(module):
-                raise RuntimeError(
-                    f"fully_shard made it a {type(module).__name__}, which it must stay: unfuse before fully_shard"
-                )
-        for module in candidates:
-            original = modules.original_class(module)
-            if original is not None:
-                module.__class__ = original
-                for name in _OPTIONS:
-                    module.__dict__.pop(name, None)
+        fused_ones = [(module, original) for module in candidates if (original := modules.original_class(module))]
+        for module, _ in fused_ones:
+            if modules.wrapped_class(module) is not None:
+                kind = type(module).__name__
+                raise RuntimeError(f"fully_shard made it a {kind}, which it must stay: unfuse before fully_shard")
+        for module, original in fused_ones:
+            module.__class__ = original
+            for name in _OPTIONS:
+                module.__dict__.pop(name, None)
 
 
 def _check(model: nn.Module) -> None:

@@ -5,39 +5,25 @@ Every other class that ``recognize.py`` knows gets a ``Fused...`` counterpart wh
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
-from ..guards import original_of
+from ..guards import is_defined_in, original_of
 from ..ops import cls_pool, linear_act
 from ..unpad.attention import FusedAttention, FusedSelfAttention
 from ..unpad.encoder import PREFIXES, FusedEncoder
-from .activations import activation_of
-from .checks import activation_now, dropout_is_active
+from .checks import activation_now, activation_of, dropout_is_active
 from .recognize import INTERMEDIATE, POOLER, Block, block_of
 
-# The classes of the five families that are swapped with an encoder: name -> module that defines it, class to mix in.
-_ENCODER_CLASSES: dict[str, tuple[str, type[nn.Module]]] = {
-    f"{prefix}{part}": (home, mixin)
-    for home, prefix in PREFIXES.items()
-    for part, mixin in (("Encoder", FusedEncoder), ("SelfAttention", FusedSelfAttention), ("Attention", FusedAttention))
+# What is swapped with an encoder of the five families: a class's name without the family's -> the class to mix in.
+_ENCODER_MIXINS: dict[str, type[nn.Module]] = {
+    "Encoder": FusedEncoder,
+    "SelfAttention": FusedSelfAttention,
+    "Attention": FusedAttention,
 }
-
-
-def _parts(module: nn.Module, function: str) -> tuple[object, object, Any, Any]:
-    """A module's activation, dense layer, weight and bias. ``getattr`` would take ten times as long."""
-    try:
-        children = module.__dict__["_modules"]
-        dense = children["dense"]
-        parameters = dense._parameters
-        return children[function], dense, parameters["weight"], parameters["bias"]
-    except (AttributeError, KeyError):  # a function, a layer without parameters, a replica of DataParallel
-        dense = module.dense
-        return getattr(module, function), dense, getattr(dense, "weight", None), getattr(dense, "bias", None)
 
 
 class FusedBlock(nn.Module):
@@ -45,75 +31,69 @@ class FusedBlock(nn.Module):
 
     original: type[nn.Module]
     block: Block
-    # An argument of ``linear_act``. ``fuse`` sets it on the instance if it is true.
+    # Set by ``fuse`` on the instance: an argument of ``linear_act``, and whether a pooler returns None.
     recompute_preact = False
-
-
-class _FusedIntermediate(FusedBlock):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        original = original_of(self)
-        function, dense, weight, bias = _parts(self, "intermediate_act_fn")
-        activation = activation_now(original, function, dense, hidden_states)
-        if activation is None:
-            result: Tensor = original.forward(self, hidden_states)
-            return result
-        recompute = self.__dict__.get("recompute_preact", False)
-        return linear_act(hidden_states, weight, bias, activation, recompute_preact=recompute)
-
-
-class _FusedPooler(FusedBlock):
-    # Whether to leave out the pooled output. Set by ``fuse``, like the above.
     skip = False
 
-    def forward(self, hidden_states: Tensor) -> Tensor | None:
-        if self.__dict__.get("skip"):
-            return None
-        original = original_of(self)
-        function, dense, weight, bias = _parts(self, "activation")
-        activation = activation_now(original, function, dense, hidden_states)
-        if activation is None or hidden_states.dim() != 3:
-            result: Tensor = original.forward(self, hidden_states)
-            return result
-        recompute = self.__dict__.get("recompute_preact", False)
-        return cls_pool(hidden_states, weight, bias, activation, recompute_preact=recompute)
+
+def _parts(module: nn.Module, original: type[nn.Module], block: Block) -> tuple[object, object, Any, Any]:
+    """A module's activation, linear layer, weight and bias. ``getattr`` would take ten times as long."""
+    children = module.__dict__["_modules"]
+    function, linear = children.get(block.activation), children.get(block.linear)
+    if function is None:
+        function = activation_of(module, original, block)
+    try:
+        parameters = linear._parameters
+        return function, linear, parameters["weight"], parameters["bias"]
+    except (AttributeError, KeyError):  # no layer, one without parameters, a replica of DataParallel
+        return function, linear, getattr(linear, "weight", None), getattr(linear, "bias", None)
 
 
 def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., object]:
-    """A block's method with linear layer and activation in one kernel; the other steps are called unchanged."""
-    read = getattr(original, block.method)
-    product = cls_pool if block.first else linear_act
+    """A block's method with linear layer and activation in one kernel; the other steps are called unchanged.
+
+    A method that was replaced on its class runs instead, whether before or after this one was made.
+    """
+    read: Callable[..., object] = getattr(original, block.method)
+    if not is_defined_in(read, original.__module__):
+        return read
+    _, first, dropout, *_, rest = block
 
     @functools.wraps(read)  # Hugging Face looks at the signature
     def method(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
+        attributes = self.__dict__
+        if attributes.get("skip"):
+            return None
         now = getattr(original, block.method)
-        if now is not read or len(args) != 1 or kwargs or (block.dropout and dropout_is_active(self)):
+        if now is not read or len(args) != 1 or kwargs or (dropout and dropout_is_active(self)):
             return now(self, *args, **kwargs)
         (hidden,) = args
-        linear = getattr(self, block.linear)
-        activation = activation_now(original, activation_of(self, original, block), linear, hidden)
-        if activation is None or (block.first and hidden.dim() != 3):
+        function, linear, weight, bias = _parts(self, original, block)
+        activation = activation_now(function, linear, hidden)
+        if activation is None or (first and hidden.dim() != 3):
             return now(self, hidden)
-        recompute = self.__dict__.get("recompute_preact", False)
-        hidden = product(hidden, linear.weight, linear.bias, activation, recompute_preact=recompute)
-        for name in block.rest:
+        product = cls_pool if first else linear_act
+        recompute = "recompute_preact" in attributes and attributes["recompute_preact"]
+        hidden = product(hidden, weight, bias, activation, recompute_preact=recompute)
+        for name in rest:
             hidden = getattr(self, name)(hidden)
         return hidden
 
     return method
 
 
-class FusedBertIntermediate(_FusedIntermediate, BertIntermediate):  # type: ignore[misc]
+class FusedBertIntermediate(FusedBlock, BertIntermediate):  # type: ignore[misc]
     """``BertIntermediate``, ``act(dense(hidden_states))``, in one kernel: ``[..., H]`` to ``[..., I]``."""
 
-    original = BertIntermediate
-    block = INTERMEDIATE
+    original, block = BertIntermediate, INTERMEDIATE
+    forward = _fused_method(original, block)
 
 
-class FusedBertPooler(_FusedPooler, BertPooler):  # type: ignore[misc]
+class FusedBertPooler(FusedBlock, BertPooler):  # type: ignore[misc]
     """``BertPooler``, ``tanh(dense(hidden_states[:, 0]))``, in one kernel: ``[B, S, H]`` to ``[B, H]``."""
 
-    original = BertPooler
-    block = POOLER
+    original, block = BertPooler, POOLER
+    forward = _fused_method(original, block)
 
 
 # Hugging Face's class -> its fused counterpart; others are added when they are first asked for.
@@ -126,20 +106,18 @@ def fused_class(original: type[nn.Module]) -> type[FusedBlock] | None:
         block = block_of(original)
         if block is None:
             return None
-        mixin: type[FusedBlock] | None = None
-        if list(inspect.signature(original.forward).parameters) == ["self", "hidden_states"]:
-            mixin = {INTERMEDIATE: _FusedIntermediate, POOLER: _FusedPooler}.get(block)
-        own: dict[str, object] = {} if mixin is not None else {block.method: _fused_method(original, block)}
         doc = f"``{original.__name__}`` in one kernel."
-        _make(original, mixin or FusedBlock, {"block": block, "__doc__": doc} | own)
+        own = {"block": block, "__doc__": doc, block.method: _fused_method(original, block)}
+        _make(original, FusedBlock, own)
     made = _counterparts[original]
     return made if issubclass(made, FusedBlock) else None
 
 
 def fused_encoder_class(original: type[nn.Module]) -> type[nn.Module] | None:
     """The fused counterpart of an encoder of the five families or of its attentions; None if there is none."""
-    home, mixin = _ENCODER_CLASSES.get(original.__name__, ("", nn.Module))
-    if home != original.__module__:
+    prefix = PREFIXES.get(original.__module__)
+    mixin = _ENCODER_MIXINS.get(original.__name__.removeprefix(prefix)) if prefix is not None else None
+    if mixin is None:
         return None
     if original not in _counterparts:
         doc = f"``{original.__name__}`` without work on padding, or on positions that are not read."

@@ -12,7 +12,9 @@ import re
 import sys
 import textwrap
 import tokenize
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from types import CodeType
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -120,7 +122,7 @@ def _is_block_class(kind: type) -> bool:
 
 
 @functools.cache
-def chain_of(function: Any) -> tuple[str, ...] | None:
+def chain_of(function: Callable[..., object]) -> tuple[str, ...] | None:
     """A method's code as a chain of steps; None if it is no chain or cannot be read."""
     definition = _definition(function)
     return read_chain(definition) if definition is not None else None
@@ -172,13 +174,13 @@ def _steps(value: ast.expr | None, owner: str, current: str) -> list[str] | None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def formula_of(function: Any) -> str | None:
+def formula_of(function: object) -> str | None:
     """The kernels' name for an activation that a model's file defines, recognised by its code; None if unknown."""
     return _formula(function)
 
 
 @functools.cache
-def _formula(function: Any) -> str | None:
+def _formula(function: object) -> str | None:
     if not _HOME.fullmatch(str(getattr(function, "__module__", ""))):
         return None
     match _definition(function):
@@ -189,10 +191,11 @@ def _formula(function: Any) -> str | None:
     return None
 
 
-def _definition(function: Any) -> ast.FunctionDef | None:
+def _definition(function: object) -> ast.FunctionDef | None:
     try:
         # Of ``__code__``: given the function, inspect would skip its decorators.
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+        code: CodeType = getattr(function, "__code__")  # noqa: B009
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (AttributeError, OSError, TypeError, SyntaxError, tokenize.TokenError):
         return None
     (definition,) = tree.body

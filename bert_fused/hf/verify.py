@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Verification:
         return f"{self.outputs} outputs: max abs error {self.max_abs_error:.3g}, cosine {self.cosine:.9f}"
 
 
-def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
+def verify(model: nn.Module, *args: object, **kwargs: object) -> Verification:
     """Call ``model(*args, **kwargs)`` fused and unfused and compare every floating-point output.
 
     For a model fused with ``unpad``, ``cls_only`` or ``skip_pooler``, only what both compute is compared: per-token
@@ -56,7 +55,9 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     )
 
 
-def compared(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def compared(
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The two tensors to compare, fused and unfused, for each output by its path. Raises as ``verify``."""
     with fused(model) as report:
         if not report.fused:
@@ -68,21 +69,22 @@ def compared(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not theirs or not ours:
         raise ValueError("nothing to verify: the model returned no floating-point tensor")
     keep = _real_tokens(model, args, kwargs)
-    per_token = keep is not None and _scores_tokens(model)
+    # Logits [B, S] hold one score for each token here, in other models one for each of S labels.
+    scores_tokens = reads_of(model) == "tokens"
     return {
-        path: _comparable(ours[path], theirs[path], keep, per_token and path == "logits")
+        path: _comparable(ours[path], theirs[path], keep, 2 if scores_tokens and path == "logits" else 3)
         for path in theirs
         if path in ours
     }
 
 
-def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
     """The model's floating-point outputs by their path.
 
     The model gets copies of the arguments, and the random state is restored, so that the next call starts the same.
     """
 
-    def copied(leaf: Any) -> Any:
+    def copied(leaf: object) -> object:
         return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
     args, kwargs = tree_map(copied, (args, kwargs))
@@ -92,7 +94,7 @@ def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return {path: tensor.clone() for path, tensor in _tensors(model(*args, **kwargs))}
 
 
-def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _real_tokens(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
     """The real tokens, bool ``[B, S]``; None if the model computes padding as well."""
     if not any(getattr(module, "unpad", False) for module in model.modules()):
         return None
@@ -100,15 +102,11 @@ def _real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _scores_tokens(model: nn.Module) -> bool:
-    """Whether logits ``[B, S]`` hold one score for each token, and not one for each of S labels."""
-    return reads_of(model) == "tokens"
-
-
-def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, per_token: bool) -> tuple[Tensor, Tensor]:
+def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, dimensions: int) -> tuple[Tensor, Tensor]:
+    """What both calls computed of two outputs. dimensions: how many an output per token has at least."""
     if mine.dim() == other.dim() == 3 and mine.shape[1] == 1 < other.shape[1]:
         return mine, other[:, :1]
-    if keep is not None and mine.dim() >= (2 if per_token else 3) and mine.shape[:2] == keep.shape:
+    if keep is not None and mine.dim() >= dimensions and mine.shape[:2] == keep.shape:
         keep = keep.to(mine.device)
         return mine[keep], other[keep]
     return mine, other
@@ -127,18 +125,13 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return 1.0 if torch.equal(a, b) else float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
-def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every floating-point tensor in nested tuples, lists and mappings, in order, with its path."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield path, output
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, (tuple, list)):
-        items = enumerate(output)
-    for key, value in items:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield path, output
+    if isinstance(output, (tuple, list)):
+        output = dict(enumerate(output))
+    for key, value in output.items() if isinstance(output, Mapping) else ():
         yield from _tensors(value, f"{path}.{key}" if path else str(key))
 
 

@@ -9,14 +9,13 @@ import functools
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertEncoder
+from transformers import PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
 from ..fallback import logger, reading_reason
 from ..guards import arguments, original_of, signature_of
-from .attention import EncoderMask, FusedAttention, FusedSelfAttention, NotUnderstood, heeded
+from .attention import EncoderMask, NotUnderstood, heeded
 from .layers import layers_reason
 from .packing import Packing, packing_of
 
@@ -134,27 +133,3 @@ def _packing(request: Request, hidden: Tensor) -> Packing | None:
 def _log_dense(reason: str) -> None:
     """Warn once for each reason that an encoder runs Hugging Face's code."""
     logger.warning("the encoder runs without unpad and cls_only: %s, which bert_fused does not know", reason)
-
-
-def classes_reason(base: PreTrainedModel) -> str | None:
-    """Why a request or a mask may not reach the encoder in the installed transformers, or None.
-
-    base: the model that holds an encoder.
-    """
-    encoder = original_of(base.encoder)
-    for kind in (type(base), encoder):
-        if not signature_of(kind).takes_more:
-            return f"{kind.__name__}.forward takes no further keyword arguments"
-    for kind, name in ((type(base), "attention_mask"), (encoder, "attention_mask"), (encoder, "hidden_states")):
-        if name not in signature_of(kind).names:
-            return f"{kind.__name__}.forward has no argument {name}"
-    return None
-
-
-def attentions_of(encoder: BertEncoder) -> list[nn.Module]:
-    """The modules whose classes are swapped with their encoder's: each self-attention and the last attention."""
-    return [*(layer.attention.self for layer in encoder.layer), encoder.layer[-1].attention]
-
-
-def is_fused_attention(module: nn.Module) -> bool:
-    return isinstance(module, (FusedSelfAttention, FusedAttention))

@@ -41,8 +41,8 @@ def layers_reason(encoder: BertEncoder, *, swapped: bool) -> str | None:
         return f"its attention under the name of {implementation} is not transformers' own"
     known: set[tuple[str, type]] = set()
     for i, layer in enumerate(layers):
-        attention = getattr(layer, "attention", None)
-        self_attention = getattr(attention, "self", None)
+        attention = getattr(layer, "attention", layer)
+        self_attention = getattr(attention, "self", attention)
         for name, module in (("Layer", layer), ("Attention", attention), ("SelfAttention", self_attention)):
             kind: type = getattr(type(module), "original", type(module))
             if (name, kind) in known:
@@ -50,7 +50,6 @@ def layers_reason(encoder: BertEncoder, *, swapped: bool) -> str | None:
             if kind.__module__ != home or not kind.__name__.endswith(name) or class_is_patched(kind):
                 return f"layer {i} has a {kind.__qualname__} of another kind"
             known.add((name, kind))
-        assert attention is not None and self_attention is not None
         if self_attention._modules.keys() != _SELF_ATTENTION_PARTS or attention._modules.keys() != _ATTENTION_PARTS:
             return f"layer {i} has an attention of other parts"
         fused = isinstance(self_attention, FusedSelfAttention)

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertEncoder
 
-from ..guards import signature_of
-from .encoder import CLSOnly, FusedEncoder, classes_reason
+from ..guards import original_of, signature_of
+from .encoder import CLSOnly, FusedEncoder
 from .heads import base_of, is_overridden, known_name, original_name, pooler_reads, reads_of
 from .hooks import PreHook, base_pre_hook, head_pre_hook, sentence_transformer_pre_hook, wrapped_model
 from .layers import layers_reason
@@ -113,9 +113,16 @@ def _reason(base: PreTrainedModel, heads: list[PreTrainedModel]) -> str | None:
         return f"{type(heads[0]).__name__} reads padded positions"
     if not heads and pooler_reads(base) == "all":
         return "what its pooler reads is not known"
-    if heads and not signature_of(type(heads[0])).takes_more:
-        return f"{type(heads[0]).__name__}.forward takes no further keyword arguments"
-    return classes_reason(base)
+    # The classes that a request travels through, and the arguments that each must have in the installed transformers.
+    needed: dict[type[nn.Module], tuple[str, ...]] = {type(head): () for head in heads}
+    needed |= {type(base): ("attention_mask",), original_of(encoder): ("attention_mask", "hidden_states")}
+    for kind, names in needed.items():
+        if not signature_of(kind).takes_more:
+            return f"{kind.__name__}.forward takes no further keyword arguments"
+        missing = [name for name in names if name not in signature_of(kind).names]
+        if missing:
+            return f"{kind.__name__}.forward has no argument {missing[0]}"
+    return None
 
 
 def settings(site: EncoderSite, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[Settings, str, str | None]:

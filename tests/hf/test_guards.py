@@ -45,8 +45,7 @@ from transformers.models.distilbert.modeling_distilbert import FFN
 from transformers.models.vit.modeling_vit import ViTMLP
 
 from bert_fused import FusedBertIntermediate, FusedBertPooler, fuse, unfuse
-from bert_fused.hf.activations import activation_name
-from bert_fused.hf.modules import _FusedIntermediate
+from bert_fused.hf.checks import activation_name
 
 KERNELS = ["linear_act_fwd", "act_bwd"]
 PYTORCH: list[str] = []
@@ -814,5 +813,5 @@ def test_a_call_that_was_unfused_meanwhile(launches: list[str]) -> None:
     block, theirs = twins("intermediate")
     for b in (block, theirs):
         b.intermediate_act_fn = nn.Softplus()
-    torch.testing.assert_close(_FusedIntermediate.forward(block, hidden_states()), theirs(hidden_states()))
+    torch.testing.assert_close(FusedBertIntermediate.forward(block, hidden_states()), theirs(hidden_states()))
     assert launches == PYTORCH

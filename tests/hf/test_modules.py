@@ -23,7 +23,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 import bert_fused
 from bert_fused import FusedBertIntermediate, FusedBertPooler
-from bert_fused.hf.activations import activation_name
+from bert_fused.hf.checks import activation_name
 from bert_fused.hf.modules import fused_class, original_class
 
 KERNEL_OF_NAME = {

@@ -337,16 +337,16 @@ def test_reports_on_what_only_looks_alike(monkeypatch: pytest.MonkeyPatch) -> No
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def wrong_row(x: torch.Tensor, *args: object) -> torch.Tensor:
+def wrong_row(x: torch.Tensor, *args: object, **_: object) -> torch.Tensor:
     return cls_pool(x.roll(1, 1), *args)
 
 
 @pytest.mark.parametrize(
     ("name", "function", "fault"),
     [
-        ("vit.ViTMLP", "linear_act", lambda x, weight, bias, act: linear_act(x, weight, bias, "gelu_tanh")),
-        ("vit.ViTMLP", "linear_act", lambda x, weight, bias, act: linear_act(x, weight, None, act)),
-        ("vit.ViTMLP", "linear_act", lambda x, weight, bias, act: linear_act(x, weight.detach(), bias, act)),
+        ("vit.ViTMLP", "linear_act", lambda x, weight, bias, act, **_: linear_act(x, weight, bias, "gelu_tanh")),
+        ("vit.ViTMLP", "linear_act", lambda x, weight, bias, act, **_: linear_act(x, weight, None, act)),
+        ("vit.ViTMLP", "linear_act", lambda x, weight, bias, act, **_: linear_act(x, weight.detach(), bias, act)),
         ("roberta.RobertaClassificationHead", "cls_pool", wrong_row),
     ],
     ids=["tanh form", "no bias", "no gradient", "another row"],
