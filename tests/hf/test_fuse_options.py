@@ -23,7 +23,7 @@ def hooks_of(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("name", ["recompute_preact", "unpad", "cls_only", "skip_pooler"])
 @pytest.mark.parametrize("value", [1, None, torch.tensor([1, 2])], ids=["int", "None", "tensor"])
-def test_options_are_bools(name, value) -> None:
+def test_options_that_are_not_bools_are_type_errors(name, value) -> None:
     model = build("BertModel")
     for function in (fuse, lambda *args, **kwargs: fused(*args, **kwargs).__enter__()):
         with pytest.raises(TypeError, match=f"{name} must be a bool, got {type(value).__name__}"):
@@ -31,7 +31,7 @@ def test_options_are_bools(name, value) -> None:
     assert not isinstance(model.encoder, FusedEncoder)
 
 
-def test_options_that_are_other_strings() -> None:
+def test_options_that_are_other_strings_are_refused() -> None:
     with pytest.raises(ValueError, match="cls_only must be True, False or 'auto', got 'always'"):
         fuse(build("BertModel"), cls_only="always")
     with pytest.raises(TypeError, match="unpad must be a bool, got str"):
@@ -70,7 +70,7 @@ def test_plain_fuse_takes_the_hooks_away() -> None:
     unfuse(model)
 
 
-def test_an_option_that_is_false_on_an_instance() -> None:
+def test_a_skip_that_is_false_on_the_instance_leaves_the_pooler_in() -> None:
     model = build("BertModel")
     fuse(model)
     model.pooler.skip = False
@@ -88,7 +88,7 @@ def test_a_pooler_that_cannot_be_skipped_is_read() -> None:
     torch.testing.assert_close(model(**batch).pooler_output, theirs(**batch).pooler_output)
 
 
-def test_verify_without_a_pooler() -> None:
+def test_verify_leaves_out_a_skipped_pooler() -> None:
     model = build("BertModel")
     fuse(model, unpad=True, skip_pooler=True)
     for return_dict in (True, False):

@@ -1,6 +1,7 @@
 """Trainer, accelerate and PEFT train a fused model step by step as they train an unfused one.
 
-test_distributed.py has two processes; test_guards.py and test_encoder_life.py have torch.nn.DataParallel's replicas.
+test_distributed.py has two processes; test_guards_libraries.py and test_encoder_life.py have torch.nn.DataParallel's
+replicas.
 """
 
 from pathlib import Path

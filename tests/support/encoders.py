@@ -1,6 +1,7 @@
-"""Models of every supported family with every head, masks of every kind, and a watch over what an encoder computed."""
+"""Models of every supported family with every head, masks of every kind, and what a fused encoder computes of them."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -8,9 +9,10 @@ from unittest import mock
 import torch
 import transformers
 from models import SIZES, drawn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bert_fused import fuse
 from bert_fused.unpad import attention as fused_attention
 
 HEADS = {
@@ -68,6 +70,19 @@ def inputs_of(name: str, mask: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+# What most tests call a model with: a batch of four sequences with padding at the right of three.
+RIGHT = mask_of("right")
+KEEP = RIGHT.bool()
+BATCH = inputs_of("BertModel", RIGHT)
+# What the two layers of an encoder compute of it: packed rows, and position 0 of each sequence where no other is read.
+PACKED = [(int(RIGHT.sum()),)] * 2
+FIRST = [PACKED[0], (4,)]
+
+# Of results and of gradients, relative to the largest element.
+TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[list[tuple[int, ...]]]:
     """The shapes of the rows that each attention of our own computed; empty where Hugging Face's ran."""
@@ -93,3 +108,41 @@ def difference(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     return float((a - b).detach().abs().max()) / max(1.0, float(b.detach().abs().max())) if b.numel() else 0.0
+
+
+def pair(
+    name: str = "BertModel", attention: str = "sdpa", config: dict[str, Any] | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A fused model and its unfused twin. options: of ``fuse``; without any, ``unpad`` and ``cls_only="auto"``."""
+    theirs = build(name, attention, **(config or {}))
+    ours = copy.deepcopy(theirs)
+    fuse(ours, **(options or {"unpad": True, "cls_only": "auto"}))
+    return ours, theirs
+
+
+def compare(
+    ours: nn.Module, theirs: nn.Module, batch: dict[str, Any] = BATCH, *args: Any, **options: Any
+) -> list[tuple[int, ...]]:
+    """Call both models: the outputs are the same, bit for bit where the encoder ran dense.
+
+    Where it did not, outputs per token are compared at the real ones. Returns the shapes of the rows that each
+    attention of our own computed.
+    """
+    torch.manual_seed(3)
+    other = theirs(*args, **batch, **options)
+    torch.manual_seed(3)
+    with watched() as shapes:
+        mine = ours(*args, **batch, **options)
+    keep = batch.get("attention_mask", RIGHT).bool()
+    assert list(mine) == list(other)
+    for name in other:
+        pairs = (mine[name], other[name]) if isinstance(other[name], tuple) else ((mine[name],), (other[name],))
+        for a, b in zip(*pairs, strict=True):
+            if shapes and a.shape[:2] == keep.shape:
+                a, b = a[keep], b[keep]
+            assert difference(a, b) <= (TOLERANCE if shapes else 0.0), name
+    return shapes
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from encoders import build, difference, inputs_of, mask_of, watched
+from encoders import (
+    TOLERANCE,
+    build,
+    difference,
+    inputs_of,
+    mask_of,
+    pair,
+    watched,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -14,18 +22,11 @@ from transformers.modeling_outputs import ModelOutput
 
 from bert_fused import fuse
 
-TOLERANCE = 1e-5
-
 BASES = ("BertModel", "RobertaModel", "ElectraModel")
 TOKEN_HEADS = ("BertForMaskedLM", "BertForTokenClassification", "ElectraForTokenClassification", "BertForPreTraining")
 SEQUENCE_HEADS = tuple(
     f"{family}ForSequenceClassification" for family in ("Bert", "Roberta", "Camembert", "XLMRoberta", "Electra")
 )
-
-
-@pytest.fixture(autouse=True)
-def _plain_kernels(monkeypatch) -> None:
-    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
 
 
 class Calling(nn.Module):
@@ -98,7 +99,7 @@ def assert_same(ours: ModelOutput, theirs: ModelOutput, keep: torch.Tensor, firs
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_caller(data) -> None:
+def test_any_caller_gets_hugging_faces_outputs(data) -> None:
     name = data.draw(st.sampled_from((*BASES, *TOKEN_HEADS, *SEQUENCE_HEADS)), "model")
     wrapper = data.draw(st.sampled_from(list(WRAPPERS)), "wrapper")
     if wrapper == "prompt tuning" and (name not in SEQUENCE_HEADS or name.startswith("Electra")):  # PEFT's own limits
@@ -130,10 +131,8 @@ def test_any_caller(data) -> None:
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification", "ElectraForTokenClassification"])
-def test_a_loss_with_labels_at_padding_past_the_hooks(name) -> None:
-    theirs = build(name)
-    ours = copy.deepcopy(theirs)
-    fuse(ours, unpad=True)
+def test_a_loss_with_labels_at_padding_past_the_hooks_is_the_same(name) -> None:
+    ours, theirs = pair(name, unpad=True)
     mask = mask_of("right")
     inputs = inputs_of(name, mask) | labels_of(name, mask, ignored=False)
     assert difference(ours.forward(**inputs).loss, theirs.forward(**inputs).loss) <= TOLERANCE
@@ -143,16 +142,14 @@ def test_a_loss_with_labels_at_padding_past_the_hooks(name) -> None:
 
 
 @pytest.mark.parametrize("name", SEQUENCE_HEADS)
-def test_left_padding_past_the_hooks(name) -> None:
-    theirs = build(name)
-    ours = copy.deepcopy(theirs)
-    fuse(ours, unpad=True, cls_only="auto")
+def test_left_padding_past_the_hooks_gives_the_same_logits(name) -> None:
+    ours, theirs = pair(name, unpad=True, cls_only="auto")
     inputs = inputs_of(name, mask_of("left"))
     with torch.no_grad():
         assert difference(ours.forward(**inputs).logits, theirs.forward(**inputs).logits) <= TOLERANCE
 
 
-def test_a_model_fused_alone_and_put_under_a_head_later() -> None:
+def test_a_model_fused_alone_runs_dense_under_a_head() -> None:
     theirs = build("BertForTokenClassification")
     ours = copy.deepcopy(theirs)
     report = fuse(ours.bert, unpad=True, cls_only=True)

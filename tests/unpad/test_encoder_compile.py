@@ -1,10 +1,8 @@
 """torch.compile on models with fused encoders: results, graph breaks and recompiles (docs/design/encoder.md)."""
 
-import copy
-
 import pytest
 import torch
-from encoders import build, difference, inputs_of, mask_of
+from encoders import BATCH, difference, gradients, inputs_of, mask_of, pair
 
 from bert_fused import fuse
 
@@ -12,8 +10,7 @@ BATCHES = ("right", "single", "interior", "none", "right")
 
 
 @pytest.fixture(autouse=True)
-def _plain_kernels(monkeypatch):
-    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
+def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -32,9 +29,7 @@ class Counter:
 
 def run(name: str, **options):
     """A compiled fused model on several batches against Hugging Face's; graphs after each batch."""
-    theirs = build(name)
-    ours = copy.deepcopy(theirs)
-    fuse(ours, **options)
+    ours, theirs = pair(name, **options)
     counter = Counter()
     compiled = torch.compile(ours, backend=counter)
     graphs = []
@@ -53,6 +48,7 @@ def test_cls_only_is_one_graph() -> None:
     assert run("BertForSequenceClassification", cls_only="auto") == [1] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "most"), [("BertModel", 24), ("BertForSequenceClassification", 26)])
 def test_unpadding_breaks_the_graph_and_soon_stops_compiling(name, most) -> None:
     """Broken where tokens are counted, and in each layer's attention on a CPU; other lengths are compiled for once.
@@ -63,26 +59,21 @@ def test_unpadding_breaks_the_graph_and_soon_stops_compiling(name, most) -> None
     assert 3 < first < second == third <= without_padding == last <= most
 
 
-def test_whole_graphs_are_to_be_had_without_unpadding_only() -> None:
-    model = build("BertModel")
-    fuse(model, unpad=True)
-    batch = inputs_of("BertModel", mask_of("right"))
+def test_a_whole_graph_needs_unpad_off() -> None:
+    model, _ = pair(config={"num_hidden_layers": 1}, unpad=True)
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
-        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+        torch.compile(model, backend="eager", fullgraph=True)(**BATCH)
     torch._dynamo.reset()
     fuse(model)
     with torch.no_grad():
-        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+        torch.compile(model, backend="eager", fullgraph=True)(**BATCH)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it resumes after a graph break
-def test_gradients_of_a_compiled_model() -> None:
-    theirs = build("BertForSequenceClassification").train()
-    ours = copy.deepcopy(theirs)
-    fuse(ours, unpad=True)
+def test_a_compiled_model_gives_the_same_gradients() -> None:
+    ours, theirs = pair("BertForSequenceClassification", config={"num_hidden_layers": 1}, unpad=True)
+    ours.train(), theirs.train()
     compiled = torch.compile(ours, backend="aot_eager")
-    batch = inputs_of("BertForSequenceClassification", mask_of("right"))
     for model in (compiled, theirs):
-        model(**batch).logits.square().sum().backward()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+        model(**BATCH).logits.square().sum().backward()
+    torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-4, atol=1e-5)

@@ -13,15 +13,19 @@ from types import ModuleType
 
 import pytest
 import torch
-from encoders import difference, inputs_of, mask_of, watched
+from encoders import (
+    TOLERANCE,
+    difference,
+    inputs_of,
+    mask_of,
+    watched,
+)
 from models import SIZES, drawn
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert
 
 from bert_fused import fuse
 from bert_fused.unpad import encoder
-
-TOLERANCE = 1e-5
 
 # Class -> how its instances are called in the file.
 CALLED = {
@@ -121,7 +125,7 @@ def next_release(kind: str, change: str, folder: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", CALLED)
-def test_results_stay_right(kind, change, tmp_path, monkeypatch, caplog) -> None:
+def test_a_changed_argument_leaves_results_right(kind, change, tmp_path, monkeypatch, caplog) -> None:
     release = next_release(kind, change, tmp_path, monkeypatch)
     for name in ("BertModel", "BertForSequenceClassification", "BertForTokenClassification"):
         torch.manual_seed(0)
