@@ -62,6 +62,7 @@ TESTS = {
         "tests/kernel/test_backward.py",
         "tests/kernel/test_forward.py",
         "tests/kernel/test_interpreter.py",
+        "tests/kernel/test_keys.py",
         "tests/kernel/test_launch.py",
         "tests/kernel/test_memory.py",
         "tests/ops/test_autograd.py",
