@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .fallback import HAS_TRITON, device_reason, forward_ad_is_active
-from .reference import GRAD_FROM_OUTPUT, NEEDS_PREACT
+from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT, NEEDS_PREACT
 
 if HAS_TRITON:
     from .kernels import elementwise
@@ -25,6 +25,35 @@ Outputs = tuple[Tensor, Tensor | None]  # out and preact
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool) -> Outputs:
     """x ``[..., K]`` to ``(out, preact)`` by a kernel, in no graph; preact is None unless it is saved."""
     return forward.linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    """Raise TypeError or ValueError for arguments of ``linear_act`` that do not fit, dtypes aside."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in K, their last dimension")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+
+
+def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        dtypes = f"x {x.dtype}, weight {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
+        raise TypeError(f"x, weight and bias must have one dtype, got {dtypes}")
 
 
 _library = torch.library.Library("bert_fused", "DEF")
@@ -43,6 +72,9 @@ def _linear_act_fwd(
     """x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; ``(out, preact)``, with an empty preact unless it is saved."""
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K], got shape {tuple(x.shape)}")
+    # An eager call with the same plan is not checked again.
+    check(x, weight, bias, activation)
+    check_dtypes(x, weight, bias)
     if device_reason(x.device, x.dtype) is None:
         out, preact = launch(x, weight, bias, activation, save_preact)
     else:
@@ -55,6 +87,8 @@ def _linear_act_fwd(
 
 def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
     """d_out and saved ``[M, N]``; ``(d_preact, d_bias)``, with an empty d_bias unless it is asked for."""
+    if d_out.shape != saved.shape:
+        raise ValueError(f"d_out {tuple(d_out.shape)} and saved {tuple(saved.shape)} differ in shape")
     if device_reason(saved.device, saved.dtype) is None:
         d_preact, d_bias = elementwise.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
         return d_preact, d_bias if d_bias is not None else saved.new_empty(0)
@@ -140,7 +174,7 @@ def _backward(ctx: Any, d_out: Tensor | None, *d_others: Tensor | None) -> tuple
 
 
 def _rows(tensor: Any) -> Any:
-    """A kept call's tensors have the caller's dimensions."""
+    """``[..., N]`` as ``[M, N]``: the tensors of an eager call have the caller's dimensions."""
     if tensor is None or tensor.dim() == 2:
         return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # -1 is ambiguous where there is no element

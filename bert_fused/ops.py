@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import launch, operator, record
+from .autograd import check, check_dtypes, launch, operator, record
 from .fallback import HAS_TRITON, fallback_reason, is_plain, log_once
-from .reference import ACTIVATIONS, NEEDS_PREACT
+from .reference import NEEDS_PREACT
 
 if HAS_TRITON:
     from .kernels.plan import key_of, plans
@@ -85,11 +85,11 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
     """``linear_act`` of a call that no plan serves: check it, cast it, and take the path that can serve it."""
     if isinstance(x, Tensor) and x.is_nested:
         return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
-    _check(x, weight, bias, activation)
+    check(x, weight, bias, activation)
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
         x, weight, bias = _autocast(x, weight, bias, torch.get_autocast_dtype(device_type))
-    _check_dtypes(x, weight, bias)
+    check_dtypes(x, weight, bias)
     reason = fallback_reason(x, weight, bias)
     if reason is not None:
         if x.is_cuda and not torch.compiler.is_compiling():
@@ -106,34 +106,6 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
         return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
     outputs = launch(x, weight, bias, activation, save_preact)
     return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if x.dim() < 1:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in K, their last dimension")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-
-
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
-        dtypes = f"x {x.dtype}, weight {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
-        raise TypeError(f"x, weight and bias must have one dtype, got {dtypes}")
 
 
 def _autocast(

@@ -29,8 +29,9 @@ def act(z: Tensor, activation: str) -> Tensor:
             return z * torch.sigmoid(1.702 * z)
         case "tanh":
             return torch.tanh(z)
-        case _:
+        case "none":
             return z
+    raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
 
 
 def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
@@ -66,9 +67,6 @@ def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` or None; returns ``[..., N]``."""
     return act(F.linear(x, weight, bias), activation)
-
-
-__all__ = ["ACTIVATIONS", "GRAD_FROM_OUTPUT", "NEEDS_PREACT", "act", "act_grad", "linear_act"]
 
 
 def error_bound(

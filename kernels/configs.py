@@ -1,6 +1,6 @@
 """Configurations: what a kernel can be compiled with, and what an architecture can launch.
 
-Pure Python: needs neither Triton nor a GPU. Tables of configurations and the choice among them are in ``tables.py``.
+Pure Python: needs neither Triton nor a GPU. Tables of configurations and the choice among them are in ``lookup.py``.
 """
 
 import dataclasses

@@ -169,7 +169,8 @@ def linear_act_fwd(
     plan = plans.get(key)
     if plan is None:
         plan = _make_plan(x, weight, bias, activation, save_preact, None)
-        keep(key, plan)
+        if x.numel() and weight.numel():  # the key of an empty CPU tensor is also that of one on the meta device
+            keep(key, plan)
     outputs: Outputs = plan(x, weight, bias)
     return outputs
 
@@ -182,7 +183,7 @@ def _make_plan(
     M = x.shape[:-1].numel()
     shape = (*x.shape[:-1], N)
     if M == 0 or N == 0:
-        return lambda x, weight, bias: (x.new_empty(shape), x.new_empty(shape) if save_preact else None)
+        return lambda x, *_: (x.new_empty(shape), x.new_empty(shape) if save_preact else None)
     rows = x.detach().reshape(M, K)
     if config is None:
         aligned = _is_aligned(rows, N) and _is_aligned(weight, N)

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .runtime import INTERPRETED, on_device
 
 MAX_PLANS = 2048
-MAX_ENCODED = 1024
+MAX_ENCODED = 8192
 KNOWN_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 LAUNCHER_IS_KNOWN = triton.__version__.startswith(KNOWN_TRITONS)
 SLOW_LAUNCHES = (
@@ -51,7 +51,7 @@ def key_of(a: Tensor, b: Tensor, c: Tensor | None, activation: str, flag: bool) 
 
     Triton compiles for addresses on 16-byte boundaries, so where a tensor lies between two of them counts. A lazily
     zero tensor has no address, and no key in common with others. A device's index says where a tensor is: no process
-    has two kinds of accelerator, and the CPU's is -1. Contiguous tensors of one shape differ at most in the stride of a
+    has two kinds of accelerator, and the CPU's is -1, as the meta device's is. Contiguous tensors of one shape differ at most in the stride of a
     dimension of size 1, which no address depends on. In fp32 the choice of a configuration depends on torch's setting.
     """
     dtype = a.dtype
@@ -243,19 +243,21 @@ def _encoded(addresses: list[Any], encoders: tuple[Encoder | None, ...]) -> list
     """The launcher's arguments for tensors at these addresses: five for a descriptor."""
     arguments: list[Any] = []
     for address, encode in zip(addresses, encoders, strict=True):
-        arguments += (address,) if encode is None or address is None else encode(address)
+        arguments += (address,) if encode is None or address is None else _encoded_at(encode, address)
     return arguments
 
 
-def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
-    """Return a function from a tensor's address to the launcher's arguments for a descriptor of it.
+@functools.lru_cache(MAX_ENCODED)
+def _encoded_at(encode: Encoder, address: int) -> tuple[Any, ...]:
+    """An encoding depends on nothing but the address, so it can be reused for any tensor there."""
+    return encode(address)
 
-    An encoding depends only on the address, so it can be reused for any tensor there.
-    """
+
+def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
+    """Return a function from a tensor's address to the launcher's arguments for a descriptor of it."""
     template = copy.copy(descriptor)
     template.base = None  # keeps no tensor alive
 
-    @functools.lru_cache(MAX_ENCODED)
     def encode(address: int) -> tuple[Any, ...]:
         there = copy.copy(template)
         there.base = SimpleNamespace(data_ptr=lambda: address)

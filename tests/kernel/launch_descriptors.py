@@ -1,6 +1,5 @@
 """Checks of launches with tensor descriptors."""
 
-import inspect
 import threading
 from typing import Any
 
@@ -78,14 +77,6 @@ def check_a_descriptor_is_that_of_its_call() -> None:
             assert seen["params"][5] == parameter.data_ptr()
 
 
-def encoders() -> list[Any]:
-    """The functions of the one plan's launch that encode descriptors."""
-    (kept,) = plans.values()
-    return [
-        encode for encode in inspect.getclosurevars(kept).nonlocals["launch"].compiled.encoders if encode is not None
-    ]
-
-
 def check_descriptors_are_encoded_once_and_their_number_is_bounded() -> None:
     x, w, b = wide_tensors()
     encoded: list[int] = []
@@ -101,7 +92,7 @@ def check_descriptors_are_encoded_once_and_their_number_is_bounded() -> None:
             held.append(linear_act(x, w, b))
         assert encoded.count(x.data_ptr()) == encoded.count(w.data_ptr()) == 0
         assert len(encoded) == 5
-        assert all(encode.cache_info().maxsize == plan.MAX_ENCODED for encode in encoders())
+        assert plan._encoded_at.cache_info().maxsize == plan.MAX_ENCODED
     finally:
         setattr(utils, name, original)
 
@@ -127,8 +118,7 @@ def check_a_kept_call_is_a_threads_first_cuda_work() -> None:
         found: list[str] = []
 
         def work() -> None:
-            for encode in encoders():
-                encode.cache_clear()
+            plan._encoded_at.cache_clear()
             try:
                 _, seen = launched(lambda: linear_act(x, w, b), parameters=6)
                 assert [seen["params"][0], seen["params"][5]] == [x.data_ptr(), w.data_ptr()]

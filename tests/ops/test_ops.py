@@ -223,6 +223,34 @@ def test_the_switch_turns_every_kernel_off(monkeypatch, launches) -> None:
     assert launches == ["linear_act_fwd"]
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"bias": torch.zeros(N - 2)}, ValueError), ({"bias": torch.zeros(N).half()}, TypeError)],
+    ids=["short bias", "half bias"],
+)
+def test_the_operator_leaves_no_plan_for_what_linear_act_refuses(change, error) -> None:
+    x, weight, bias = tensors(4)
+    arguments = {"x": x, "weight": weight, "bias": bias} | change
+    for _ in range(2):
+        with pytest.raises(error):
+            torch.ops.bert_fused.linear_act_fwd(**arguments, activation="gelu", save_preact=False)
+        with pytest.raises(error):
+            linear_act(**arguments)
+
+
+def test_the_backward_operator_refuses_gradients_of_another_shape() -> None:
+    saved = torch.randn(4, 12)
+    with pytest.raises(ValueError, match="differ in shape"):
+        torch.ops.bert_fused.linear_act_bwd(saved[:2], saved, "gelu", True)
+
+
+def test_no_plan_of_an_empty_tensor_serves_one_on_the_meta_device() -> None:
+    x, weight, bias = tensors(0)
+    linear_act(x, weight, bias)
+    with pytest.raises(ValueError, match="weight is on cpu, but x is on meta"):
+        linear_act(x.to("meta"), weight, bias)
+
+
 def test_the_operator_refuses_what_is_no_matrix() -> None:
     with pytest.raises(ValueError, match=r"x must be \[M, K\], got shape \(2, 3, 8\)"):
         torch.ops.bert_fused.linear_act_fwd(torch.randn(2, 3, 8), torch.randn(4, 8), None, "gelu", False)
