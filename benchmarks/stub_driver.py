@@ -97,7 +97,7 @@ def install() -> ctypes.CDLL:
     triton.runtime.driver.set_active(driver)
 
     from bert_fused import autograd, fallback
-    from bert_fused.hf import modules
+    from bert_fused.hf import checks
     from bert_fused.kernels import runtime
 
     cuda = torch.device("cuda", 0)
@@ -109,7 +109,7 @@ def install() -> ctypes.CDLL:
     runtime._arch_of_index = functools.cache(lambda index: ARCH)
     runtime._num_sms_of_index = functools.cache(lambda index: SMS)
     runtime._name_of_index = functools.cache(lambda index: "stub")
-    modules._CPU_HAS_KERNELS = True
-    for module in (autograd, fallback, modules):
+    checks._CPU_HAS_KERNELS = True
+    for module in (autograd, fallback, checks):
         vars(module)["device_reason"] = device_reason
     return stub
