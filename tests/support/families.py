@@ -40,7 +40,7 @@ from bert_fused.hf.verify import _tensors
 PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"
 MODELS = Path(transformers.__file__).parent / "models"
 
-# What the names of a configuration's integers end with -> what they are in a tiny model. The first that fits counts.
+# Ending of the name of a configuration's integer -> its value in a tiny model. The first that fits counts.
 SIZES = {
     r"head_dim|dim_head|d_kv": 8,
     r"heads|n_head": 4,
@@ -50,7 +50,7 @@ SIZES = {
     r"image_size": 32,
     r"patch_size": 8,
 }
-# Where the defaults do not do.
+# Settings of the folders whose models cannot be built from the defaults.
 SETTINGS = {"esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 2}}
 # Arguments of classes that take more than a configuration.
 ARGUMENTS = {"dim": 32, "input_dim": 32, "inner_dim": 32, "num_classes": 3, "pooler_dropout": 0.0}
@@ -58,7 +58,7 @@ ARGUMENTS = {"dim": 32, "input_dim": 32, "inner_dim": 32, "num_classes": 3, "poo
 # Of fp32 results, relative to the largest.
 TOLERANCE = 1e-5
 
-# Names of classes of which a user may expect that they are fused.
+# Names of classes that a user may expect to be fused.
 _EXPECTED = re.compile("(Intermediate|Pooler|MLP|Mlp|FFN|FeedForward|PredictionHeadTransform|ClassificationHead)$")
 
 
@@ -77,14 +77,14 @@ class Folder:
 
 
 def folders() -> Iterator[Folder]:
-    """Every folder with models."""
+    """Read every folder that has models."""
     for name in sorted({model_type_to_module_name(model_type) for model_type in CONFIG_MAPPING_NAMES}):
         if any((MODELS / name).glob("modeling_*.py")):
             yield read(name)
 
 
 def read(name: str) -> Folder:
-    """What the text of a folder's files says: nothing of it is imported."""
+    """Read a folder's files as text; nothing is imported."""
     folder = Folder(name, [kind for kind in CONFIG_MAPPING_NAMES if model_type_to_module_name(kind) == name])
     for file in sorted((MODELS / name).glob("modeling_*.py")):
         for definition in ast.parse(file.read_text()).body:
@@ -105,9 +105,6 @@ def _put(folder: Folder, definition: ast.ClassDef) -> None:
         folder.others[definition.name] = " > ".join(chain) if chain else "gated" if gated else "other code"
 
 
-# ------------------------------------------------------------------------------------------------------------- checking
-
-
 def check(folder: Folder) -> dict[str, str]:
     """Class -> how it was checked, inside a "model" or "alone", or in other words why it was not."""
     files = sorted((MODELS / folder.name).glob("modeling_*.py"))
@@ -125,11 +122,9 @@ def check(folder: Folder) -> dict[str, str]:
             break
     for name in kinds.keys() - verdicts.keys():
         module = built(kinds[name], homes)
-        verdicts[name] = (
-            check_alone(module, folder.blocks[name])
-            if module is not None
-            else "fused, but not compared: no configuration was found"
-        )
+        verdicts[name] = "fused, but not compared: no configuration was found"
+        if module is not None:
+            verdicts[name] = check_alone(module, folder.blocks[name])
     return verdicts
 
 
@@ -234,7 +229,7 @@ def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None
         sizes = [float(o.abs().nan_to_num(0, 0, 0).max()) for _, o in pairs]
         for (m, o), size in zip(pairs, sizes, strict=True):
             error = float((m - o).abs().masked_fill((m == o) | (m.isnan() & o.isnan()), 0).max())
-            # What is zero on paper, such as the gradient of a bias of keys, is noise of what it is made of.
+            # A gradient that is zero on paper, such as that of the keys' bias, is the rounding noise of its summands.
             if not error <= TOLERANCE * (size + max(sizes)):
                 return f"DIFFERS: {what} by {error:.2g} of {size:.2g}"
     return None
@@ -245,7 +240,7 @@ def _is_own(kind: Any, home: ModuleType, base: type) -> bool:
 
 
 def _tried(make: Callable[..., Any], *args: Any) -> Any:
-    """None if it raises: some models want settings, inputs or libraries that nobody can guess."""
+    """None if it raises: some models want settings, inputs or libraries that cannot be guessed."""
     try:
         torch.manual_seed(0)
         return make(*args)
@@ -253,36 +248,29 @@ def _tried(make: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-# ----------------------------------------------------------------------------------------------------------------- page
-
-
 def page(rows: list[tuple[Folder, dict[str, str]]]) -> str:
     """The page, from every folder with the verdicts on its classes."""
     passed = [verdicts for _, verdicts in rows if {"model", "alone"} & set(verdicts.values())]
     whole = [verdicts for verdicts in passed if "model" in verdicts.values()]
-    lines = [f"| {' | '.join(_cells(folder, verdicts))} |" for folder, verdicts in rows]
-    return "\n".join(
-        [
-            "# Models",
-            "",
-            f"What `fuse` takes of transformers {transformers.__version__}. Written by `make models`; do not edit.",
-            "",
-            f"**{len(passed)} of {len(rows)} model folders have classes that are fused.** Each of these was compared",
-            "with Hugging Face's in fp32, outputs and all gradients, on a CPU with the kernels interpreted; in",
-            f"{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by",
-            f"{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.",
-            "",
-            "A class is fused if its own code is one of the chains of steps in `bert_fused/hf/recognize.py`. The rest",
-            "are left alone, and the table says what their code is: another chain, gated (a product of two layers), or",
-            "more than a chain. A module with an adapter, a hook or an activation without a kernel is left alone",
-            "wherever it is.",
-            "",
-            "| folder | model types | fused, checked inside a model | fused, checked alone | the rest |",
-            "|---|---|---|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    lines = [f"| {' | '.join(_cells(folder, verdicts))} |\n" for folder, verdicts in rows]
+    return f"""\
+# Models
+
+What `fuse` takes of transformers {transformers.__version__}. Written by `make models`; do not edit.
+
+**{len(passed)} of {len(rows)} model folders have classes that are fused.** Each of these was compared
+with Hugging Face's in fp32, outputs and all gradients, on a CPU with the kernels interpreted; in
+{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by
+{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.
+
+A class is fused if its own code is one of the chains of steps in `bert_fused/hf/recognize.py`. The rest
+are left alone, and the table says what their code is: another chain, gated (a product of two layers), or
+more than a chain. A module with an adapter, a hook or an activation without a kernel is left alone
+wherever it is.
+
+| folder | model types | fused, checked inside a model | fused, checked alone | the rest |
+|---|---|---|---|---|
+{"".join(lines)}"""
 
 
 def _cells(folder: Folder, verdicts: dict[str, str]) -> Iterator[str]:
@@ -306,12 +294,8 @@ def main(argv: list[str]) -> int:
             print(f"\r{folder.name}".ljust(40), end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     arguments.out.write_text(page(rows))
-    wrong = [
-        f"{folder.name}.{name} {verdict}"
-        for folder, verdicts in rows
-        for name, verdict in verdicts.items()
-        if verdict.startswith("DIFFERS")
-    ]
+    named = [(f"{folder.name}.{name}", verdict) for folder, verdicts in rows for name, verdict in verdicts.items()]
+    wrong = [f"{name} {verdict}" for name, verdict in named if verdict.startswith("DIFFERS")]
     print("\n".join(wrong), file=sys.stderr)
     return int(bool(wrong))
 
