@@ -216,7 +216,6 @@ def test_a_fused_model_pickled_by_cloudpickle_is_fused_in_another_process(tmp_pa
     script = """
         import pickle, sys
         from pathlib import Path
-from types import SimpleNamespace
         import bert_fused
         from bert_fused.hf.modules import fused_class, original_class
         model = pickle.loads(Path(sys.argv[1]).read_bytes())

@@ -54,10 +54,8 @@ SIZES = {
 SETTINGS = {"esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 2}}
 # Arguments of classes that take more than a configuration.
 ARGUMENTS = {"dim": 32, "input_dim": 32, "inner_dim": 32, "num_classes": 3, "pooler_dropout": 0.0}
-
 # Of fp32 results, relative to the largest.
 TOLERANCE = 1e-5
-
 # Names of classes that a user may expect to be fused.
 _EXPECTED = re.compile("(Intermediate|Pooler|MLP|Mlp|FFN|FeedForward|PredictionHeadTransform|ClassificationHead)$")
 
@@ -130,7 +128,8 @@ def check(folder: Folder) -> dict[str, str]:
 
 def models(homes: list[ModuleType], settings: dict[str, Any]) -> Iterator[PreTrainedModel]:
     """The models of some files that can be built tiny, those without a head first."""
-    kinds = [kind for home in homes for kind in vars(home).values() if _is_own(kind, home, PreTrainedModel)]
+    own = [item for home in homes for item in vars(home).values() if getattr(item, "__module__", "") == home.__name__]
+    kinds = [item for item in own if isinstance(item, type) and issubclass(item, PreTrainedModel)]
     for kind in sorted(kinds, key=lambda kind: not kind.__name__.endswith("Model")):
         if kind.config_class is not None and not kind.__name__.endswith("PreTrainedModel"):
             model = _tried(lambda kind=kind: kind(tiny(kind.config_class, settings)))
@@ -170,7 +169,7 @@ def tiny(kind: type[PreTrainedConfig], settings: dict[str, Any] | None = None) -
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What many models take, as far as this one has arguments of these names."""
+    """Make the inputs that this model has arguments for."""
     vision = getattr(model.config, "vision_config", model.config)
     size = getattr(vision, "image_size", 32)
     height, width = (size, size) if isinstance(size, int) else size
@@ -221,7 +220,7 @@ def run(call: Callable[..., Any], module: nn.Module, *args: Tensor, **kwargs: Te
 
 
 def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None]]) -> str | None:
-    """What is wrong, or None if outputs and gradients are the same but for fp32's rounding."""
+    """Say what differs; None if outputs and gradients are the same up to fp32's rounding."""
     for what, mine, other in zip(("outputs", "gradients"), ours, theirs, strict=True):
         if [tensor is None for tensor in mine] != [tensor is None for tensor in other]:
             return f"DIFFERS: other {what}"
@@ -233,10 +232,6 @@ def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None
             if not error <= TOLERANCE * (size + max(sizes)):
                 return f"DIFFERS: {what} by {error:.2g} of {size:.2g}"
     return None
-
-
-def _is_own(kind: Any, home: ModuleType, base: type) -> bool:
-    return isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == home.__name__
 
 
 def _tried(make: Callable[..., Any], *args: Any) -> Any:
@@ -292,11 +287,10 @@ def main(argv: list[str]) -> int:
         if not arguments.folders or folder.name in arguments.folders:
             rows.append((folder, check(folder) if folder.blocks else {}))
             print(f"\r{folder.name}".ljust(40), end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     arguments.out.write_text(page(rows))
-    named = [(f"{folder.name}.{name}", verdict) for folder, verdicts in rows for name, verdict in verdicts.items()]
-    wrong = [f"{name} {verdict}" for name, verdict in named if verdict.startswith("DIFFERS")]
-    print("\n".join(wrong), file=sys.stderr)
+    named = [f"{folder.name}.{name} {verdict}" for folder, verdicts in rows for name, verdict in verdicts.items()]
+    wrong = [line for line in named if " DIFFERS" in line]
+    print("", *wrong, sep="\n", file=sys.stderr)
     return int(bool(wrong))
 
 
