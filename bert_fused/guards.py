@@ -79,7 +79,7 @@ def hook_reason(module: nn.Module) -> str | None:
 
 
 def watch_reason(module: nn.Module, ours: Collection[Callable[..., object]] = ()) -> str | None:
-    """Return the same, but leave out hooks in ``ours`` and those that transformers left behind."""
+    """Return the same as ``hook_reason``, but ignore hooks in ``ours`` and those that transformers left behind."""
     reason = hook_reason(module)
     if reason != "hooks" or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
         return reason

@@ -103,7 +103,7 @@ def _real_tokens(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str
 
 
 def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, dimensions: int) -> tuple[Tensor, Tensor]:
-    """Cut two outputs down to the values that both calls computed. dimensions: an output per token has at least these."""
+    """Cut two outputs down to the values that both calls computed. dimensions: of an output per token, at least."""
     if mine.dim() == other.dim() == 3 and mine.shape[1] == 1 < other.shape[1]:
         return mine, other[:, :1]
     if keep is not None and mine.dim() >= dimensions and mine.shape[:2] == keep.shape:

@@ -69,7 +69,7 @@ def known_name(module: nn.Module | None) -> str | None:
 
 
 def original_name(module: nn.Module) -> str | None:
-    """Return the name of the class in transformers whose ``forward`` a module has, without the family's prefix, or None."""
+    """Return the transformers class whose ``forward`` a module has, by name without the family's prefix, or None."""
     kind = type(module)
     for original in kind.__mro__:
         prefix = PREFIXES.get(original.__module__)

@@ -71,7 +71,7 @@ def head_pre_hook(head: PreTrainedModel, args: _Args, kwargs: _Kwargs | None = N
 
 
 def sentence_transformer_pre_hook(wrapper: nn.Module, args: _Args, kwargs: _Kwargs | None = None) -> _Changed:
-    """Do the same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
+    """Forward pre-hook of sentence-transformers' Transformer, which calls its model's ``forward`` past the others."""
     model = wrapped_model(wrapper)
     if kwargs is None or model is None or not args or not isinstance(args[0], Mapping):
         return None

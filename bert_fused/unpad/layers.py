@@ -65,7 +65,7 @@ def layers_reason(encoder: BertEncoder, *, swapped: bool) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _attention_is_replaced(home: str, implementation: str) -> bool:
-    """Tell whether the SDPA or eager attention of the layers that the module ``home`` defines is not transformers' own."""
+    """Tell whether the SDPA or eager attention that layers of the module ``home`` call is not transformers' own."""
     eager = vars(sys.modules[home]).get("eager_attention_forward")
     if implementation == "eager":
         return not is_defined_in(ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager), home)

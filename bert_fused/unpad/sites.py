@@ -71,7 +71,7 @@ def _outer(name: str) -> list[str]:
 
 
 def _bypass_reason(above: list[nn.Module]) -> str | None:
-    """Say which of the modules around a model calls past the hooks, or None. sentence-transformers' has its own hook."""
+    """Say which module around a model calls past the hooks, or None. sentence-transformers' has its own hook."""
     for module in above:
         if wrapped_model(module) is None and _calls_a_forward(type(module).forward):
             return f"{type(module).__name__} calls a model's forward, not the model, and so goes past the hooks"
