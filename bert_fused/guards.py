@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-# Class -> its ``forward``, once that was found to be code of the class's file. Reading code takes a microsecond a call.
+# Class -> a ``forward`` of it that is code of the class's file. Finding this out again would take a microsecond a call.
 forwards: dict[type, object] = {}
 
-# This module's hooks stay on layers for good once hidden states were asked for, and are idle in calls that do not ask.
+# Hooks of this module stay on the layers after the first call that asks for hidden states; in other calls they do
+# nothing.
 _CAPTURING = "transformers.utils.output_capturing"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def class_is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's ``forward``, without the decorators of its package, is code of another file than the class."""
+    """Tell whether a class's ``forward``, without its package's decorators, is code of another file than the class."""
     forward = kind.forward
     if forward is forwards.get(kind):
         return False
@@ -34,7 +35,7 @@ def class_is_patched(kind: type[nn.Module]) -> bool:
 
 
 def is_defined_in(function: object, module: str) -> bool:
-    """Whether a function is code of a module's file."""
+    """Tell whether a function is code of a module's file."""
     return _file_of(function) == sys.modules[module].__file__
 
 
@@ -44,16 +45,16 @@ def _file_of(function: object) -> str:
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:
-    """Hugging Face's class of a module; the module's own class if it is not, or, in another thread, no longer fused."""
+    """Return the class in transformers of a fused module; of any other, also one just unfused, its own class."""
     kind = type(module)
     original: type[nn.Module] = getattr(kind, "original", kind)
     return original
 
 
 def touched(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that have hooks or a forward of their own. Global hooks are checked apart.
+    """Return the modules that have hooks or a forward of their own. Does not look at global hooks.
 
-    One call for many modules: a call of Python for each would take longer than the checks.
+    Takes many modules at once, since one Python call for each would take longer than the checks.
     """
     found = []
     for module in modules:
@@ -71,14 +72,14 @@ def touched(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def hook_reason(module: nn.Module) -> str | None:
-    """Why calling ``module`` may run more or other code than its class's ``forward``, or None."""
+    """Return why calling ``module`` may run more or other code than its class's ``forward``, or None."""
     if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
         return "a forward of its own"
     return "hooks" if touched((module,)) or _has_any_global_hook() else None
 
 
 def watch_reason(module: nn.Module, ours: Collection[Callable[..., object]] = ()) -> str | None:
-    """As ``hook_reason``, but hooks in ``ours`` and those that transformers left behind do not count."""
+    """Return the same as ``hook_reason``, but ignore hooks in ``ours`` and those that transformers left behind."""
     reason = hook_reason(module)
     if reason != "hooks" or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
         return reason
@@ -116,5 +117,5 @@ def signature_of(kind: type[nn.Module]) -> Signature:
 
 
 def arguments(kind: type[nn.Module], args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a call of ``kind.forward`` by name. Surplus positional arguments are left out."""
+    """Return the arguments of a call of ``kind.forward`` by name, without surplus positional ones."""
     return dict(zip(signature_of(kind).positional, args, strict=False)) | dict(kwargs)

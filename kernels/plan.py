@@ -51,8 +51,9 @@ def key_of(a: Tensor, b: Tensor, c: Tensor | None, activation: str, flag: bool) 
 
     Triton compiles for addresses on 16-byte boundaries, so where a tensor lies between two of them counts. A lazily
     zero tensor has no address, and no key in common with others. A device's index says where a tensor is: no process
-    has two kinds of accelerator, and the CPU's is -1, as the meta device's is. Contiguous tensors of one shape differ at most in the stride of a
-    dimension of size 1, which no address depends on. In fp32 the choice of a configuration depends on torch's setting.
+    has two kinds of accelerator, and the CPU's is -1, as the meta device's is. Contiguous tensors of one shape differ
+    at most in the stride of a dimension of size 1, which no address depends on. In fp32 the choice of a configuration
+    depends on torch's setting.
     """
     dtype = a.dtype
     try:

@@ -1,4 +1,4 @@
-"""Whether a module of Hugging Face's may run its kernel: when it is fused, for the report, and in every call.
+"""Decide whether a module of Hugging Face's may run its kernel: when it is fused, and again in every call.
 
 Users add adapters, hooks and quantised layers at any time, so a call checks all that may have changed since fusing.
 Needs transformers.
@@ -18,7 +18,7 @@ from ..fallback import device_reason, interpreted, tensor_reason
 from ..guards import class_is_patched, forwards, hook_reason, is_defined_in, touched
 from .recognize import Block, formula_of
 
-# Without the interpreter no kernel serves a CPU tensor, and asking which path does would cost microseconds.
+# Without the interpreter no kernel serves a CPU tensor. Read once: asking in each call would take microseconds.
 _CPU_HAS_KERNELS = interpreted()
 
 _ACTIVATION_OF_TYPE: dict[type, str] = {
@@ -43,7 +43,7 @@ _ACTIVATION_OF_FUNCTION: dict[object, str] = {
 
 
 def step_aside_reason(module: nn.Module, original: type[nn.Module], block: Block) -> str | None:
-    """Why a module must run the code of ``original``, its class of Hugging Face's, or None."""
+    """Return why a module must run the code of ``original``, its class in transformers, or None."""
     for name in ("forward", block.method):
         if name in module.__dict__:
             return f"its {name} was replaced on the instance"
@@ -67,7 +67,7 @@ def step_aside_reason(module: nn.Module, original: type[nn.Module], block: Block
 
 
 def linear_reason(linear: object, name: str = "dense") -> str | None:
-    """Why ``linear`` may not compute ``F.linear`` of its weight and bias, or None."""
+    """Return why ``linear`` may compute something else than ``F.linear`` of its weight and bias, or None."""
     if type(linear) is not nn.Linear:
         return f"its {name} layer is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
     if class_is_patched(nn.Linear):
@@ -77,7 +77,7 @@ def linear_reason(linear: object, name: str = "dense") -> str | None:
 
 
 def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
-    """Whether FSDP2 holds a parameter as a shard between calls and as a whole, plain tensor during them.
+    """Tell whether FSDP2 holds a parameter as a shard between calls and as a whole, plain tensor during them.
 
     A tensor-parallel parameter is a DTensor during calls too; its linear layer has hooks, which are checked before.
     """
@@ -85,7 +85,7 @@ def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
 
 
 def path_of(module: nn.Module, block: Block) -> str:
-    """The path of a fused module on its weight's device, as the report prints it."""
+    """Return which path a fused module takes on its weight's device, as the report prints it."""
     weight: Tensor = getattr(module, block.linear).weight
     reason = device_reason(weight.device, weight.dtype)
     path = "Triton" if reason is None else f"PyTorch ({reason})"
@@ -93,10 +93,10 @@ def path_of(module: nn.Module, block: Block) -> str:
 
 
 def activation_now(function: Any, linear: Any, hidden: Tensor) -> str | None:
-    """The kernels' name for a module's activation, or None if the module must step aside in this call.
+    """Return the kernels' name for a module's activation, or None if the module must step aside in this call.
 
-    Checks what can change between calls, the usual case first and in the fewest steps; ``linear_act`` checks the
-    tensors.
+    Checks everything that can change between calls, but not the tensors, which ``linear_act`` checks. The usual case
+    comes first, since every call pays for it.
     """
     if type(hidden) is not Tensor or not (hidden.is_cuda or _CPU_HAS_KERNELS):
         return None
@@ -116,7 +116,7 @@ def activation_now(function: Any, linear: Any, hidden: Tensor) -> str | None:
 
 
 def dropout_is_active(module: nn.Module) -> bool:
-    """Whether a module's attribute ``dropout`` may change its input, as far as can be told."""
+    """Tell whether a module's attribute ``dropout`` may change its input; True if it is not a plain dropout."""
     dropout = getattr(module, "dropout", None)
     if type(dropout) is not nn.Dropout or hook_reason(dropout) is not None or class_is_patched(nn.Dropout):
         return True
@@ -124,7 +124,7 @@ def dropout_is_active(module: nn.Module) -> bool:
 
 
 def activation_name(function: object) -> str | None:
-    """The kernels' name for an activation of transformers or torch, a module or a function; None if unknown."""
+    """Return the kernels' name for an activation of transformers or torch, a module or a function; None if unknown."""
     if not isinstance(function, nn.Module):
         try:
             return _ACTIVATION_OF_FUNCTION.get(function) or formula_of(function)
@@ -141,7 +141,7 @@ def activation_name(function: object) -> str | None:
     if kind is hf.GELUTanh and act != function._gelu_tanh_python:
         return None
     if kind in (hf.GELUTanh, hf.NewGELUActivation, hf.AccurateGELUActivation):
-        # Their torch.pow runs in fp32 under autocast, and so does all that follows.
+        # Under autocast their torch.pow runs in fp32, and so do the operations after it.
         return None if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu") else "gelu_tanh"
     if kind is nn.GELU:
         return "gelu" if function.approximate == "none" else "gelu_tanh"
@@ -149,7 +149,7 @@ def activation_name(function: object) -> str | None:
 
 
 def activation_of(module: nn.Module, original: type[nn.Module], block: Block) -> object:
-    """The present activation: an attribute, or the function of that name in the file of the module's class."""
+    """Return the present activation: an attribute, or the function of that name in the file of the module's class."""
     if not block.activation.endswith("()"):
         return getattr(module, block.activation, None)
     function: object = sys.modules[original.__module__]

@@ -144,7 +144,7 @@ def fused(
 
 
 class _Change(NamedTuple):
-    """A module, the class it is to have, and its options. site: where an encoder is."""
+    """A module, the class it gets, and its options. site: of an encoder, else None."""
 
     module: nn.Module
     kind: type[nn.Module]
@@ -167,7 +167,7 @@ def _apply(changes: Iterable[_Change]) -> None:
 
 @dataclass
 class _Plan:
-    """The content of a report, and the changes: ``now`` in modules not fused yet, ``before`` in those that are."""
+    """A report being made, and the changes: ``now`` to modules not fused yet, ``before`` to those that are."""
 
     skipped: dict[str, str] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
@@ -179,13 +179,13 @@ class _Plan:
 
 
 def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
-    """The report, and the changes in modules not fused yet and in those that are. Changes nothing."""
+    """Return the report, the changes to modules not fused yet, and those to fused ones. Changes nothing."""
     _check(model)
     plan = _Plan()
     sites = list(encoder_sites(model))
     unread = {id(site.pooler) for site in sites if site.head is None and options.skip_pooler}
     with _lock:
-        # accelerate and FSDP would not find these modules if their class had another name.
+        # accelerate and FSDP look for these classes by name, and would miss one that has ours.
         matched_by_name = {name for each in model.modules() for name in getattr(each, "_no_split_modules", None) or ()}
         _plan_blocks(plan, model, options, matched_by_name, unread)
         skipped_poolers = {id(change.module) for change in (*plan.now, *plan.before) if "skip" in change.options}

@@ -17,7 +17,7 @@ from ..unpad.encoder import PREFIXES, FusedEncoder
 from .checks import activation_now, activation_of, dropout_is_active
 from .recognize import INTERMEDIATE, POOLER, Block, block_of
 
-# What is swapped with an encoder of the five families: a class's name without the family's -> the class to mix in.
+# The classes that ``fuse`` swaps in an encoder: name without the family's prefix -> our class to mix in.
 _ENCODER_MIXINS: dict[str, type[nn.Module]] = {
     "Encoder": FusedEncoder,
     "SelfAttention": FusedSelfAttention,
@@ -30,15 +30,15 @@ class FusedBlock(nn.Module):
 
     original: type[nn.Module]
     block: Block
-    # Set by ``fuse`` on the instance: an argument of ``linear_act``, and whether a pooler returns None.
+    # ``fuse`` sets these on the instance: an argument of ``linear_act``, and whether a pooler returns None.
     recompute_preact = False
     skip = False
 
 
 def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., object]:
-    """A block's method with linear layer and activation in one kernel; the other steps are called unchanged.
+    """Make a block's method with linear layer and activation in one kernel; it calls the other steps unchanged.
 
-    A method that was replaced on its class runs instead, whether before or after this one was made.
+    A method that a user puts on the class instead runs as it is, whether put there before or after this one was made.
     """
     read: Callable[..., object] = getattr(original, block.method)
     if not is_defined_in(read, original.__module__):
@@ -98,7 +98,7 @@ _counterparts: dict[type, type[nn.Module]] = {BertIntermediate: FusedBertInterme
 
 
 def fused_class(original: type[nn.Module]) -> type[FusedBlock] | None:
-    """The fused counterpart of a block of transformers; None if there is none."""
+    """Return the fused counterpart of a block of transformers; None if there is none."""
     if original not in _counterparts:
         block = block_of(original)
         if block is None:
@@ -111,7 +111,7 @@ def fused_class(original: type[nn.Module]) -> type[FusedBlock] | None:
 
 
 def fused_encoder_class(original: type[nn.Module]) -> type[nn.Module] | None:
-    """The fused counterpart of an encoder of the five families or of its attentions; None if there is none."""
+    """Return the fused counterpart of a class of encoder or attention of the five families; None if there is none."""
     prefix = PREFIXES.get(original.__module__)
     mixin = _ENCODER_MIXINS.get(original.__name__.removeprefix(prefix)) if prefix is not None else None
     if mixin is None:
@@ -130,14 +130,14 @@ def _make(original: type[nn.Module], mixin: type[nn.Module], attributes: dict[st
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """Hugging Face's class of a fused module, also of one that ``fully_shard`` made a unit; None if not fused."""
+    """Return the class that a fused module had before, also if ``fully_shard`` made it a unit; None if not fused."""
     kind = wrapped_class(module) or type(module)
     original: type[nn.Module] | None = vars(kind).get("original")
     return original if original is not None and _counterparts.get(original) is kind else None
 
 
 def wrapped_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class of a module before ``fully_shard`` made it a unit; None if it is no unit.
+    """Return the class of a module before ``fully_shard`` made it a unit; None if it is no unit.
 
     ``fully_shard`` derives a class from it. torch looks up derived classes by identity, so we never replace one.
     """
@@ -155,6 +155,6 @@ def _reduce(module: nn.Module, protocol: int) -> tuple[object, ...]:
 
 
 def new_from_original(original: type[nn.Module]) -> nn.Module:
-    """An empty module of the fused counterpart of a class, for pickle to fill."""
+    """Make an empty module of the fused counterpart of a class, for pickle to fill."""
     kind = fused_class(original) or fused_encoder_class(original) or original
     return kind.__new__(kind)

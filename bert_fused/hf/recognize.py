@@ -1,6 +1,6 @@
-"""Which of transformers' modules can be fused: those whose class's own code is a known chain of steps.
+"""Recognise the modules of transformers that can be fused: those whose class's own code is a known chain of steps.
 
-A method is read as what happens to its one argument, step after step, whatever its variables are called: ``x[:, 0]`` is
+A chain is the steps that a method applies to its one argument, in order, under any names of variables: ``x[:, 0]`` is
 the step "[:,0]", ``self.dense(x)`` is "dense", ``torch.tanh(x)`` is "torch.tanh()". Code that does anything else is no
 chain, and its class is left alone. Nothing here runs when a module is called.
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..guards import class_is_patched, is_defined_in
 
-# Chains with a linear layer and its activation, by the method that has them. The steps after these two stay unchanged.
+# The known chains, by the method that has them. Fusing joins linear layer and activation; later steps stay unchanged.
 _CHAINS = {
     "forward": (
         "dense intermediate_act_fn",  # BertIntermediate and 63 others
@@ -43,7 +43,7 @@ _CHAINS = {
         "ffn activation ffn_output",  # ALBERT
     ),
 }
-# Formulas of activations that a model's file defines, and the kernels' name for them.
+# Formula of an activation that a model's file defines -> the kernels' name for it.
 _FORMULAS = {"x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))": "gelu"}
 
 # Endings of the names of classes that are expected to hold a linear layer and its activation.
@@ -85,7 +85,7 @@ POOLER = _BLOCKS["forward", (_FIRST, "dense", "activation")]
 
 
 def block_of(kind: type) -> Block | None:
-    """The block that a class of transformers computes; None for classes that cannot be fused and for subclasses."""
+    """Return the block that a class of transformers computes; None for other classes and for subclasses."""
     if not _is_block_class(kind):
         return None
     functions = {method: getattr(kind, method, None) for method in _CHAINS}
@@ -94,12 +94,12 @@ def block_of(kind: type) -> Block | None:
 
 
 def block_in(chains: dict[str, tuple[str, ...] | None]) -> Block | None:
-    """The block of a class whose methods are these chains."""
+    """Return the block of a class with these methods (name -> chain), or None."""
     return next((_BLOCKS[item] for item in chains.items() if item in _BLOCKS), None)
 
 
 def lookalike_reason(module: nn.Module) -> str | None:
-    """Why a module of transformers that looks fusible is not; None if it does not look fusible."""
+    """Return why a module of transformers that looks fusible is not; None if it does not look fusible."""
     kind = type(module)
     children = module._modules.keys()
     alike = kind.__name__.endswith(_EXPECTED_IN) or any(
@@ -115,7 +115,7 @@ def lookalike_reason(module: nn.Module) -> str | None:
 
 
 def _is_block_class(kind: type) -> bool:
-    """Whether a model's file defines a class. Whole models do not count: transformers finds them by their class."""
+    """Tell whether a model's file defines a class, other than a whole model, which transformers finds by its class."""
     if not _HOME.fullmatch(kind.__module__) or vars(sys.modules[kind.__module__]).get(kind.__name__) is not kind:
         return False
     return not issubclass(kind, PreTrainedModel)
@@ -123,13 +123,13 @@ def _is_block_class(kind: type) -> bool:
 
 @functools.cache
 def chain_of(function: Callable[..., object]) -> tuple[str, ...] | None:
-    """A method's code as a chain of steps; None if it is no chain or cannot be read."""
+    """Read a method's code as a chain of steps; None if it is no chain or has no source."""
     definition = _definition(function)
     return read_chain(definition) if definition is not None else None
 
 
 def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
-    """The same for a parsed method. Only types and docstrings are ignored: any other code makes it no chain."""
+    """Read a parsed method as a chain. Types and docstrings are ignored; any other code makes it no chain: None."""
     arguments = definition.args
     if definition.decorator_list or arguments.vararg or arguments.kwonlyargs or arguments.defaults:
         return None
@@ -156,7 +156,7 @@ def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
 
 
 def _steps(value: ast.expr | None, owner: str, current: str) -> list[str] | None:
-    """What an expression does to the variable ``current``, the first step first."""
+    """Return the steps that an expression applies to the variable ``current``, the first one first, or None."""
     steps: list[str] = []
     while True:
         match value:
@@ -175,7 +175,7 @@ def _steps(value: ast.expr | None, owner: str, current: str) -> list[str] | None
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def formula_of(function: object) -> str | None:
-    """The kernels' name for an activation that a model's file defines, recognised by its code; None if unknown."""
+    """Return the kernels' name for an activation that a model's file defines, by its code; None if unknown."""
     return _formula(function)
 
 
@@ -193,7 +193,7 @@ def _formula(function: object) -> str | None:
 
 def _definition(function: object) -> ast.FunctionDef | None:
     try:
-        # Of ``__code__``: given the function, inspect would skip its decorators.
+        # inspect skips the decorators of a function, but not of its ``__code__``.
         code: CodeType = getattr(function, "__code__")  # noqa: B009
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (AttributeError, OSError, TypeError, SyntaxError, tokenize.TokenError):

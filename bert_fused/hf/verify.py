@@ -1,4 +1,4 @@
-"""``verify``: the same model, the same inputs, fused and unfused."""
+"""``verify``: compare a model, fused, with itself, unfused, on the same inputs."""
 
 import contextlib
 import copy
@@ -36,9 +36,9 @@ class Verification:
 def verify(model: nn.Module, *args: object, **kwargs: object) -> Verification:
     """Call ``model(*args, **kwargs)`` fused and unfused and compare every floating-point output.
 
-    For a model fused with ``unpad``, ``cls_only`` or ``skip_pooler``, only what both compute is compared: per-token
-    outputs at the tokens that the caller's ``[B, S]`` attention mask keeps, and at position 0 where the last layer
-    computes that one only.
+    For a model fused with ``unpad``, ``cls_only`` or ``skip_pooler``, only values that both calls compute are compared:
+    per-token outputs at the tokens that the caller's ``[B, S]`` attention mask keeps, and only at position 0 where the
+    last layer computes no other.
 
     Both calls run in eval mode without gradients, on copies of the arguments and from the same random state. The
     training mode of every module, the random state and what is fused are as before afterwards.
@@ -58,7 +58,7 @@ def verify(model: nn.Module, *args: object, **kwargs: object) -> Verification:
 def compared(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The two tensors to compare, fused and unfused, for each output by its path. Raises as ``verify``."""
+    """Return path of an output -> the two tensors to compare, fused and unfused. Raises as ``verify``."""
     with fused(model) as report:
         if not report.fused:
             raise ValueError(f"nothing to verify, no module is fused:\n{report}")
@@ -79,7 +79,7 @@ def compared(
 
 
 def outputs_of(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
-    """The model's floating-point outputs by their path.
+    """Return the model's floating-point outputs by their path.
 
     The model gets copies of the arguments, and the random state is restored, so that the next call starts the same.
     """
@@ -95,7 +95,7 @@ def outputs_of(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, 
 
 
 def _real_tokens(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
-    """The real tokens, bool ``[B, S]``; None if the model computes padding as well."""
+    """Return the real tokens, bool ``[B, S]``; None if the model computes padding as well or the mask is another."""
     if not any(getattr(module, "unpad", False) for module in model.modules()):
         return None
     mask = argument(model, "attention_mask", args, kwargs)
@@ -103,7 +103,7 @@ def _real_tokens(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str
 
 
 def _comparable(mine: Tensor, other: Tensor, keep: Tensor | None, dimensions: int) -> tuple[Tensor, Tensor]:
-    """What both calls computed of two outputs. dimensions: how many an output per token has at least."""
+    """Cut two outputs down to the values that both calls computed. dimensions: of an output per token, at least."""
     if mine.dim() == other.dim() == 3 and mine.shape[1] == 1 < other.shape[1]:
         return mine, other[:, :1]
     if keep is not None and mine.dim() >= dimensions and mine.shape[:2] == keep.shape:
@@ -120,13 +120,13 @@ def max_abs_error(a: Tensor, b: Tensor) -> float:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    """Of the finite parts. 1 for equal outputs, zeros and empty ones included."""
+    """Return the cosine similarity of the finite parts; 1 for equal outputs, zeros and empty ones included."""
     a, b = (t.double().flatten().masked_fill(~t.isfinite().flatten(), 0.0) for t in (a, b))
     return 1.0 if torch.equal(a, b) else float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
 def _tensors(output: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor in nested tuples, lists and mappings, in order, with its path."""
+    """Yield every floating-point tensor in nested tuples, lists and mappings, in order, with its path."""
     if isinstance(output, Tensor) and output.is_floating_point():
         yield path, output
     if isinstance(output, (tuple, list)):

@@ -55,7 +55,7 @@ class FusedSelfAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """The last layer's attention: it keeps only position 0 if no other is read."""
+    """The last layer's attention: it drops every row but position 0 if no other is read."""
 
     original: type[nn.Module]
 
@@ -73,7 +73,7 @@ class FusedAttention(nn.Module):
 def _exchanged(
     args: tuple[object, ...], kwargs: dict[str, object], old: object, new: object
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The arguments of a call with ``new`` in the place of ``old``."""
+    """Return the arguments of a call with ``new`` in the place of ``old``."""
     others = {name: new if value is old else value for name, value in kwargs.items()}
     return tuple([new if value is old else value for value in args]), others
 
@@ -86,12 +86,12 @@ def _encoder_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> Encode
 
 
 def heeded(given: Mapping[str, object]) -> list[str]:
-    """The names of those arguments of a call that may change its result."""
+    """Return the names of the arguments of a call that may change its result."""
     return [name for name, value in given.items() if value is not None and value is not False and name not in _HARMLESS]
 
 
 def _hidden_states(original: type[nn.Module], args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-    """The hidden states that an attention was called with.
+    """Return the hidden states that an attention was called with.
 
     Raises:
         NotUnderstood: the attention was given something else that may change the result.
@@ -105,7 +105,7 @@ def _hidden_states(original: type[nn.Module], args: tuple[object, ...], kwargs: 
 
 
 def _attend_packed(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask) -> Tensor:
-    """Self-attention of packed rows ``[1, T, H]``, or of the first token of each sequence, ``[1, B, H]``."""
+    """Compute self-attention of packed rows ``[1, T, H]``, or of the first token of each sequence, ``[1, B, H]``."""
     assert mask.packing is not None
     attended = (rows if mask.attended is None else mask.attended)[0]
     heads = attention.num_attention_heads
@@ -121,7 +121,7 @@ def _attend_packed(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask
 
 
 def _attend_first(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask) -> Tensor:
-    """The model's own attention of position 0, ``[B, 1, H]``, to all hidden states, ``[B, S, H]``."""
+    """Compute the model's own attention of position 0, ``[B, 1, H]``, to all hidden states, ``[B, S, H]``."""
     eager = vars(sys.modules[original_of(attention).__module__])["eager_attention_forward"]
     function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
     query, key, value = (

@@ -36,7 +36,7 @@ CLSOnly = bool | Literal["auto"]
 # The keyword argument that a request travels in.
 REQUEST = "bert_fused_request"
 
-# Arguments that are known to need Hugging Face's code, so that no warning names them.
+# Arguments that need Hugging Face's code. They are known, so no warning names them.
 _DECODING = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache")
 _RECORDING = ("output_attentions", "output_hidden_states", "return_dict")
 
@@ -56,7 +56,7 @@ class Request(NamedTuple):
 class FusedEncoder(nn.Module):
     original: type[nn.Module]
     config: PreTrainedConfig
-    # Set by ``fuse`` on the instance. under_head: the encoder runs dense unless its head's hook took part in the call.
+    # ``fuse`` sets these on the instance. under_head: run dense unless the head's hook took part in the call.
     unpad = False
     cls_only: CLSOnly = False
     under_head = False
@@ -78,7 +78,7 @@ def _run(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> ModelOutput | None:
-    """The encoder's output, or None if Hugging Face's code must run instead or does the same work."""
+    """Return the encoder's output, or None if Hugging Face's code must run instead or would do the same work."""
     given = arguments(original, args, kwargs)
     hidden, mask = given.pop("hidden_states", None), given.pop("attention_mask", None)
     unknown = heeded(given)
@@ -120,7 +120,7 @@ def _run(
 
 
 def _packing(request: Request, hidden: Tensor) -> Packing | None:
-    """How to pack the rows of a call, or None: only a mask ``[B, S]``, where nonzero is real, says which to keep."""
+    """Return how to pack the rows of a call, or None. Packing takes a mask ``[B, S]``, nonzero at real tokens."""
     mask = request.mask
     if mask is None or mask.shape != hidden.shape[:2] or reading_reason(hidden) is not None:
         return None

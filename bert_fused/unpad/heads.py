@@ -1,4 +1,4 @@
-"""Which positions of an encoder's result its pooler and its head read. Needs transformers."""
+"""Find out which positions of an encoder's result its pooler and its head read. Needs transformers."""
 
 from typing import Literal
 
@@ -29,7 +29,7 @@ _MASKS = "_create_attention_masks"
 
 
 def reads_of(head: nn.Module) -> Reads | None:
-    """Which positions a model with a head reads of the encoder's result; None if it is not transformers' own."""
+    """Return which positions of the encoder's result a model with a head reads; None if it is not transformers' own."""
     name = known_name(head)
     reads = _READS.get(name)
     if reads is None:
@@ -50,7 +50,7 @@ def reads_of(head: nn.Module) -> Reads | None:
 
 
 def pooler_reads(base: PreTrainedModel) -> Reads | None:
-    """Which positions a model's pooler reads; None if there is no pooler or it is skipped."""
+    """Return which positions a model's pooler reads; None if there is no pooler or it is skipped."""
     pooler = getattr(base, "pooler", None)
     if pooler is None or getattr(pooler, "skip", False):
         return None
@@ -58,18 +58,18 @@ def pooler_reads(base: PreTrainedModel) -> Reads | None:
 
 
 def base_of(head: PreTrainedModel) -> PreTrainedModel | None:
-    """The model without a head inside a model with one, if it is transformers' own."""
+    """Return the model without a head inside a model with one; None if it is not transformers' own."""
     base = getattr(head, head.base_model_prefix, None)
     return base if known_name(base) == "Model" else None
 
 
 def known_name(module: nn.Module | None) -> str | None:
-    """As ``original_name``, but None if ``forward`` or the making of masks was replaced on the instance."""
+    """Return the same as ``original_name``, but None if ``forward`` or the mask method was replaced on the instance."""
     return original_name(module) if module is not None and not is_overridden(module) else None
 
 
 def original_name(module: nn.Module) -> str | None:
-    """The class of transformers whose ``forward`` a module has, by its name without the family's prefix, or None."""
+    """Return the transformers class whose ``forward`` a module has, by name without the family's prefix, or None."""
     kind = type(module)
     for original in kind.__mro__:
         prefix = PREFIXES.get(original.__module__)
@@ -82,6 +82,6 @@ def original_name(module: nn.Module) -> str | None:
 
 
 def is_overridden(module: nn.Module) -> bool:
-    """Whether ``forward`` or the making of masks was replaced on an instance."""
+    """Tell whether ``forward`` or the mask method was replaced on an instance."""
     attributes = module.__dict__
     return "forward" in attributes or "_hf_hook" in attributes or _MASKS in attributes

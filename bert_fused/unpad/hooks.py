@@ -63,7 +63,7 @@ def base_pre_hook(base: PreTrainedModel, args: _Args, kwargs: _Kwargs | None = N
 
 
 def head_pre_hook(head: PreTrainedModel, args: _Args, kwargs: _Kwargs | None = None) -> _Changed:
-    """Forward pre-hook of a model with a head: say which positions it reads, for ``base_pre_hook``."""
+    """Forward pre-hook of a model with a head: tell ``base_pre_hook`` which positions the head reads."""
     if kwargs is None or not _has_fused_encoder(head) or not _is_last(head, head_pre_hook):
         return None
     labels = argument(head, "labels", args, kwargs)
@@ -71,7 +71,7 @@ def head_pre_hook(head: PreTrainedModel, args: _Args, kwargs: _Kwargs | None = N
 
 
 def sentence_transformer_pre_hook(wrapper: nn.Module, args: _Args, kwargs: _Kwargs | None = None) -> _Changed:
-    """The same for sentence-transformers' Transformer, which calls its model's ``forward`` past all hooks."""
+    """Forward pre-hook of sentence-transformers' Transformer, which calls its model's ``forward`` past the others."""
     model = wrapped_model(wrapper)
     if kwargs is None or model is None or not args or not isinstance(args[0], Mapping):
         return None
@@ -87,7 +87,7 @@ OURS = (base_pre_hook, head_pre_hook, sentence_transformer_pre_hook)
 
 
 def _is_called_by_a_model(base: PreTrainedModel) -> bool:
-    """Whether the ``forward`` of another model of transformers is running, which may read any position."""
+    """Tell whether the ``forward`` of another model of transformers, which may read any position, is running."""
     # torch.export cannot break its graph for this look, and runs Hugging Face's code in any case.
     return torch.compiler.is_exporting() or _model_on_the_stack(base)
 
@@ -107,7 +107,7 @@ def _model_on_the_stack(base: PreTrainedModel) -> bool:
 
 
 def wrapped_model(module: nn.Module) -> PreTrainedModel | None:
-    """The model inside sentence-transformers' Transformer; None for any other module."""
+    """Return the model inside sentence-transformers' Transformer; None for any other module."""
     if not type(module).__module__.startswith("sentence_transformers."):
         return None
     model = getattr(module, "auto_model", None)
@@ -141,7 +141,7 @@ def _request(base: PreTrainedModel, mask: object, head_reads: Reads | None) -> R
 
 
 def _reads_now(head: PreTrainedModel, labels: object, mask: object) -> Reads:
-    """Which positions a head reads in this call: a loss over labels at padding reads padding."""
+    """Return which positions a head reads in this call: a loss over labels at padding reads padding."""
     reads = reads_of(head) or "all"
     if reads == "first" and _is_watched(head):
         return "watched"
@@ -159,7 +159,7 @@ def _any_label_at_padding(labels: Tensor, mask: Tensor) -> bool:
 
 
 def _is_watched(head: PreTrainedModel) -> bool:
-    """Whether a user's hook would see how many positions the encoder's result has."""
+    """Tell whether a user's hook would see how many positions the encoder's result has."""
     base = base_of(head)
     if base is None:
         return False
@@ -168,11 +168,11 @@ def _is_watched(head: PreTrainedModel) -> bool:
 
 
 def _is_last(module: nn.Module, hook: PreHook) -> bool:
-    """Whether no later pre-hook can change the arguments that ``hook`` has seen."""
+    """Tell whether ``hook`` is the last pre-hook, so that no later one changes the arguments it has seen."""
     hooks = list(module._forward_pre_hooks.values())
     return bool(hooks) and hooks[-1] is hook
 
 
 def argument(module: nn.Module, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-    """An argument of a call of ``module``, however it was passed."""
+    """Return an argument of a call of ``module``, passed by position or by name; None if it was not passed."""
     return arguments(type(module), args, kwargs).get(name)

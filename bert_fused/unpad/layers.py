@@ -1,4 +1,4 @@
-"""Whether an encoder's layers can run on packed rows: which modules act on each token independently, and user hooks.
+"""Decide whether an encoder's layers can run on packed rows: every module must treat each token alone, without hooks.
 
 Needs transformers.
 """
@@ -15,7 +15,7 @@ from transformers.models.bert.modeling_bert import BertEncoder
 from ..guards import class_is_patched, is_defined_in, original_of, touched, watch_reason
 from .attention import FusedAttention, FusedSelfAttention
 
-# The children of the attentions whose result ours reproduces.
+# The children of the two attentions that ours can stand in for.
 _SELF_ATTENTION_PARTS = {"query", "key", "value", "dropout"}
 _ATTENTION_PARTS = {"self", "output"}
 
@@ -28,7 +28,7 @@ _ROWWISE_HOMES = ("transformers.", "bert_fused.", "peft.")
 
 
 def layers_reason(encoder: BertEncoder, *, swapped: bool) -> str | None:
-    """Why the layers must run dense, or None: a part of another kind, one that may mix rows, or a user's hook.
+    """Return why the layers must run dense, or None: a part of another kind, one that may mix rows, or a user's hook.
 
     encoder: of any of the five families, fused or not. swapped: whether the attentions must have classes of ours, as
     they have after ``fuse``. Every call with padding asks this, since users replace modules and add hooks at any time.
@@ -65,7 +65,7 @@ def layers_reason(encoder: BertEncoder, *, swapped: bool) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _attention_is_replaced(home: str, implementation: str) -> bool:
-    """Whether the SDPA or eager attention of the layers that the module ``home`` defines is not transformers' own."""
+    """Tell whether the SDPA or eager attention that layers of the module ``home`` call is not transformers' own."""
     eager = vars(sys.modules[home]).get("eager_attention_forward")
     if implementation == "eager":
         return not is_defined_in(ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager), home)
@@ -76,7 +76,7 @@ def _attention_is_replaced(home: str, implementation: str) -> bool:
 
 
 def rows_reason(root: nn.Module) -> str | None:
-    """Why a module may not act on each row independently, or which user's hook it has; else None."""
+    """Return why a module may mix rows, or that it has a user's hook; else None."""
     if _has_any_global_hook():
         return "hooks"
     # nn.Module.modules() takes five times as long.

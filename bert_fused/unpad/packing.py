@@ -63,7 +63,7 @@ class Packing:
 # Packing reads how many tokens there are, so torch.compile must break its graph here.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packing_of(keep: Tensor, *, needs_first: bool) -> Packing | None:
-    """How to pack a batch; None if that would save nothing or lose a position that is read.
+    """Return how to pack a batch; None if that would save nothing or lose a position that is read.
 
     keep: ``[B, S]``, bool, the real tokens. needs_first: position 0 is read even where it is padding.
     """
@@ -85,7 +85,7 @@ def _runs(lengths: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def varlen_serves(query: Tensor, dropout: float) -> bool:
-    """Whether ``torch.nn.attention.varlen``, which is flash attention, computes attention for ``[T, heads, D]``."""
+    """Tell whether ``torch.nn.attention.varlen`` (flash attention) can compute attention for ``[T, heads, D]``."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Every encoder in a model, and which of the options of ``fuse`` apply to it. Needs transformers."""
+"""Find every encoder in a model, and decide which options of ``fuse`` apply to it. Needs transformers."""
 
 import ast
 import functools
@@ -48,7 +48,7 @@ class EncoderSite:
 
 
 def encoder_sites(model: nn.Module) -> Iterator[EncoderSite]:
-    """Every encoder of a supported family whose own model is ``model`` or inside it."""
+    """Yield every encoder of a supported family whose own model is ``model`` or inside it."""
     modules = dict(model.named_modules())
     for name, base in modules.items():
         if original_name(base) != "Model":
@@ -65,13 +65,13 @@ def encoder_sites(model: nn.Module) -> Iterator[EncoderSite]:
 
 
 def _outer(name: str) -> list[str]:
-    """Names of the modules around a module, the nearest first."""
+    """Return the names of the modules around a module, the nearest first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
 
 
 def _bypass_reason(above: list[nn.Module]) -> str | None:
-    """Which of the modules around a model calls past the hooks, or None. sentence-transformers' has its own hook."""
+    """Say which module around a model calls past the hooks, or None. sentence-transformers' has its own hook."""
     for module in above:
         if wrapped_model(module) is None and _calls_a_forward(type(module).forward):
             return f"{type(module).__name__} calls a model's forward, not the model, and so goes past the hooks"
@@ -80,7 +80,7 @@ def _bypass_reason(above: list[nn.Module]) -> str | None:
 
 @functools.cache
 def _calls_a_forward(function: Callable[..., object]) -> bool:
-    """Whether a method's code calls the ``forward`` of something, other than of its own base classes."""
+    """Tell whether a method's code calls the ``forward`` of anything but its own base classes."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -126,7 +126,7 @@ def _reason(base: PreTrainedModel, heads: list[PreTrainedModel]) -> str | None:
 
 
 def settings(site: EncoderSite, unpad: bool, cls_only: CLSOnly, pools: bool) -> tuple[Settings, str, str | None]:
-    """Which options apply to an encoder: its attributes and what the report says of it, or why it is left alone.
+    """Decide which options apply to an encoder: its attributes and the report's line on it, or why it is left alone.
 
     pools: whether there is a pooler that will not be skipped.
     """

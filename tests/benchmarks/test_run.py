@@ -152,6 +152,7 @@ def test_results_go_beside_the_source_or_under_out(tmp_path: Path, monkeypatch: 
     assert default_path(shared) == tmp_path / name
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_keeps_figures_and_environment(tmp_path: Path) -> None:
     out = tmp_path / "b.json"
     # pytest-benchmark times nothing in a worker of xdist.

@@ -29,6 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_demo_verifies_the_real_model_here_and_in_the_interpreter() -> None:
     done = run("demo", "--texts", "40", "--query", "wrap a paragraph of text")
     assert done.returncode == 0, done.stderr

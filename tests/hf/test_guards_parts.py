@@ -138,7 +138,6 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "patched block": (patch_forward, "its forward was replaced on the instance"),
 }
 
-
 CHANGES_NOTHING = ("_hf_hook", "weight norm", "weight norm of old")
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from blocks import hidden_states, step
 from models import FAMILIES, assert_same, inputs, make
 from torch import nn
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
@@ -45,9 +45,10 @@ KERNEL_OF_NAME = {
 }
 
 
-def config(activation: object = "gelu") -> SimpleNamespace:
-    """BertConfig takes names of activations only, the modules take any configuration."""
-    return SimpleNamespace(hidden_size=32, intermediate_size=37, hidden_act=activation)
+def config(activation: object = "gelu") -> BertConfig | SimpleNamespace:
+    """BertConfig takes names of activations only, but the modules take any configuration."""
+    make = BertConfig if isinstance(activation, str) else SimpleNamespace
+    return make(hidden_size=32, intermediate_size=37, hidden_act=activation)
 
 
 def pair(

@@ -15,18 +15,11 @@ from transformers.models.vit.modeling_vit import ViTMLP
 from bert_fused import fuse
 
 KERNELS = ["linear_act_fwd", "act_bwd"]
-
-
 PYTORCH: list[str] = []
-
 
 # Of BERT, of ViT and of DistilBERT, whose method is not its forward.
 KINDS = ("intermediate", "pooler", "mlp", "ffn")
-
-
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
 when_fused = pytest.mark.parametrize("when", ["before", "after"])
 
 

@@ -142,7 +142,3 @@ def compare(
                 a, b = a[keep], b[keep]
             assert difference(a, b) <= (TOLERANCE if shapes else 0.0), name
     return shapes
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -40,7 +40,7 @@ from bert_fused.hf.verify import _tensors
 PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"
 MODELS = Path(transformers.__file__).parent / "models"
 
-# What the names of a configuration's integers end with -> what they are in a tiny model. The first that fits counts.
+# Ending of the name of a configuration's integer -> its value in a tiny model. The first that fits counts.
 SIZES = {
     r"head_dim|dim_head|d_kv": 8,
     r"heads|n_head": 4,
@@ -50,15 +50,13 @@ SIZES = {
     r"image_size": 32,
     r"patch_size": 8,
 }
-# Where the defaults do not do.
+# Settings of the folders whose models cannot be built from the defaults.
 SETTINGS = {"esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 2}}
 # Arguments of classes that take more than a configuration.
 ARGUMENTS = {"dim": 32, "input_dim": 32, "inner_dim": 32, "num_classes": 3, "pooler_dropout": 0.0}
-
 # Of fp32 results, relative to the largest.
 TOLERANCE = 1e-5
-
-# Names of classes of which a user may expect that they are fused.
+# Names of classes that a user may expect to be fused.
 _EXPECTED = re.compile("(Intermediate|Pooler|MLP|Mlp|FFN|FeedForward|PredictionHeadTransform|ClassificationHead)$")
 
 
@@ -77,14 +75,14 @@ class Folder:
 
 
 def folders() -> Iterator[Folder]:
-    """Every folder with models."""
+    """Read every folder that has models."""
     for name in sorted({model_type_to_module_name(model_type) for model_type in CONFIG_MAPPING_NAMES}):
         if any((MODELS / name).glob("modeling_*.py")):
             yield read(name)
 
 
 def read(name: str) -> Folder:
-    """What the text of a folder's files says: nothing of it is imported."""
+    """Read a folder's files as text; nothing is imported."""
     folder = Folder(name, [kind for kind in CONFIG_MAPPING_NAMES if model_type_to_module_name(kind) == name])
     for file in sorted((MODELS / name).glob("modeling_*.py")):
         for definition in ast.parse(file.read_text()).body:
@@ -105,9 +103,6 @@ def _put(folder: Folder, definition: ast.ClassDef) -> None:
         folder.others[definition.name] = " > ".join(chain) if chain else "gated" if gated else "other code"
 
 
-# ------------------------------------------------------------------------------------------------------------- checking
-
-
 def check(folder: Folder) -> dict[str, str]:
     """Class -> how it was checked, inside a "model" or "alone", or in other words why it was not."""
     files = sorted((MODELS / folder.name).glob("modeling_*.py"))
@@ -125,17 +120,16 @@ def check(folder: Folder) -> dict[str, str]:
             break
     for name in kinds.keys() - verdicts.keys():
         module = built(kinds[name], homes)
-        verdicts[name] = (
-            check_alone(module, folder.blocks[name])
-            if module is not None
-            else "fused, but not compared: no configuration was found"
-        )
+        verdicts[name] = "fused, but not compared: no configuration was found"
+        if module is not None:
+            verdicts[name] = check_alone(module, folder.blocks[name])
     return verdicts
 
 
 def models(homes: list[ModuleType], settings: dict[str, Any]) -> Iterator[PreTrainedModel]:
     """The models of some files that can be built tiny, those without a head first."""
-    kinds = [kind for home in homes for kind in vars(home).values() if _is_own(kind, home, PreTrainedModel)]
+    own = [item for home in homes for item in vars(home).values() if getattr(item, "__module__", "") == home.__name__]
+    kinds = [item for item in own if isinstance(item, type) and issubclass(item, PreTrainedModel)]
     for kind in sorted(kinds, key=lambda kind: not kind.__name__.endswith("Model")):
         if kind.config_class is not None and not kind.__name__.endswith("PreTrainedModel"):
             model = _tried(lambda kind=kind: kind(tiny(kind.config_class, settings)))
@@ -175,7 +169,7 @@ def tiny(kind: type[PreTrainedConfig], settings: dict[str, Any] | None = None) -
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What many models take, as far as this one has arguments of these names."""
+    """Make the inputs that this model has arguments for."""
     vision = getattr(model.config, "vision_config", model.config)
     size = getattr(vision, "image_size", 32)
     height, width = (size, size) if isinstance(size, int) else size
@@ -226,7 +220,7 @@ def run(call: Callable[..., Any], module: nn.Module, *args: Tensor, **kwargs: Te
 
 
 def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None]]) -> str | None:
-    """What is wrong, or None if outputs and gradients are the same but for fp32's rounding."""
+    """Say what differs; None if outputs and gradients are the same up to fp32's rounding."""
     for what, mine, other in zip(("outputs", "gradients"), ours, theirs, strict=True):
         if [tensor is None for tensor in mine] != [tensor is None for tensor in other]:
             return f"DIFFERS: other {what}"
@@ -234,18 +228,14 @@ def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None
         sizes = [float(o.abs().nan_to_num(0, 0, 0).max()) for _, o in pairs]
         for (m, o), size in zip(pairs, sizes, strict=True):
             error = float((m - o).abs().masked_fill((m == o) | (m.isnan() & o.isnan()), 0).max())
-            # What is zero on paper, such as the gradient of a bias of keys, is noise of what it is made of.
+            # A gradient that is zero on paper, such as that of the keys' bias, is the rounding noise of its summands.
             if not error <= TOLERANCE * (size + max(sizes)):
                 return f"DIFFERS: {what} by {error:.2g} of {size:.2g}"
     return None
 
 
-def _is_own(kind: Any, home: ModuleType, base: type) -> bool:
-    return isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == home.__name__
-
-
 def _tried(make: Callable[..., Any], *args: Any) -> Any:
-    """None if it raises: some models want settings, inputs or libraries that nobody can guess."""
+    """None if it raises: some models want settings, inputs or libraries that cannot be guessed."""
     try:
         torch.manual_seed(0)
         return make(*args)
@@ -253,36 +243,29 @@ def _tried(make: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-# ----------------------------------------------------------------------------------------------------------------- page
-
-
 def page(rows: list[tuple[Folder, dict[str, str]]]) -> str:
     """The page, from every folder with the verdicts on its classes."""
     passed = [verdicts for _, verdicts in rows if {"model", "alone"} & set(verdicts.values())]
     whole = [verdicts for verdicts in passed if "model" in verdicts.values()]
-    lines = [f"| {' | '.join(_cells(folder, verdicts))} |" for folder, verdicts in rows]
-    return "\n".join(
-        [
-            "# Models",
-            "",
-            f"What `fuse` takes of transformers {transformers.__version__}. Written by `make models`; do not edit.",
-            "",
-            f"**{len(passed)} of {len(rows)} model folders have classes that are fused.** Each of these was compared",
-            "with Hugging Face's in fp32, outputs and all gradients, on a CPU with the kernels interpreted; in",
-            f"{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by",
-            f"{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.",
-            "",
-            "A class is fused if its own code is one of the chains of steps in `bert_fused/hf/recognize.py`. The rest",
-            "are left alone, and the table says what their code is: another chain, gated (a product of two layers), or",
-            "more than a chain. A module with an adapter, a hook or an activation without a kernel is left alone",
-            "wherever it is.",
-            "",
-            "| folder | model types | fused, checked inside a model | fused, checked alone | the rest |",
-            "|---|---|---|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    lines = [f"| {' | '.join(_cells(folder, verdicts))} |\n" for folder, verdicts in rows]
+    return f"""\
+# Models
+
+What `fuse` takes of transformers {transformers.__version__}. Written by `make models`; do not edit.
+
+**{len(passed)} of {len(rows)} model folders have classes that are fused.** Each of these was compared
+with Hugging Face's in fp32, outputs and all gradients, on a CPU with the kernels interpreted; in
+{len(whole)} folders inside a whole model, tiny and with random weights. An element may differ by
+{TOLERANCE:g} of its tensor's largest plus {TOLERANCE:g} of the largest of all outputs or gradients.
+
+A class is fused if its own code is one of the chains of steps in `bert_fused/hf/recognize.py`. The rest
+are left alone, and the table says what their code is: another chain, gated (a product of two layers), or
+more than a chain. A module with an adapter, a hook or an activation without a kernel is left alone
+wherever it is.
+
+| folder | model types | fused, checked inside a model | fused, checked alone | the rest |
+|---|---|---|---|---|
+{"".join(lines)}"""
 
 
 def _cells(folder: Folder, verdicts: dict[str, str]) -> Iterator[str]:
@@ -304,15 +287,10 @@ def main(argv: list[str]) -> int:
         if not arguments.folders or folder.name in arguments.folders:
             rows.append((folder, check(folder) if folder.blocks else {}))
             print(f"\r{folder.name}".ljust(40), end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     arguments.out.write_text(page(rows))
-    wrong = [
-        f"{folder.name}.{name} {verdict}"
-        for folder, verdicts in rows
-        for name, verdict in verdicts.items()
-        if verdict.startswith("DIFFERS")
-    ]
-    print("\n".join(wrong), file=sys.stderr)
+    named = [f"{folder.name}.{name} {verdict}" for folder, verdicts in rows for name, verdict in verdicts.items()]
+    wrong = [line for line in named if " DIFFERS" in line]
+    print("", *wrong, sep="\n", file=sys.stderr)
     return int(bool(wrong))
 
 

@@ -98,6 +98,10 @@ def assert_same(ours: object, theirs: object, tolerance: float = 2e-5) -> None:
         assert float((a - b).detach().abs().max()) <= tolerance * max(1.0, float(b.detach().abs().max()))
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Intermediates and poolers of a model."""
     return [m for m in model.modules() if type(m).__name__.endswith(("Intermediate", "Pooler"))]

@@ -16,12 +16,12 @@ from encoders import (
     build,
     compare,
     difference,
-    gradients,
     inputs_of,
     mask_of,
     pair,
     watched,
 )
+from models import gradients
 from transformers import AttentionInterface
 from transformers.models.bert import modeling_bert
 

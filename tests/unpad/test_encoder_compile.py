@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from encoders import BATCH, difference, gradients, inputs_of, mask_of, pair
+from encoders import BATCH, difference, inputs_of, mask_of, pair
+from models import gradients
 
 from bert_fused import fuse
 

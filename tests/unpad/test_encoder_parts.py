@@ -29,23 +29,11 @@ class MeanClassifier(nn.Module):
         return features.mean(1)[:, :2]
 
 
-def set_pooler(model):
-    model.base_model.pooler = MeanPooler()
-
-
-def set_classifier(model):
-    model.classifier = MeanClassifier()
-
-
-def patch_pooler(model):
-    model.base_model.pooler.forward = lambda hidden: hidden.mean(1)
-
-
 CHANGES = {
-    "pooler": (NAME, set_pooler),
-    "patched pooler": (NAME, patch_pooler),
-    "classifier": ("RobertaForSequenceClassification", set_classifier),
-    "pooler of the model itself": ("BertModel", set_pooler),
+    "pooler": (NAME, lambda m: setattr(m.bert, "pooler", MeanPooler())),
+    "patched pooler": (NAME, lambda m: setattr(m.bert.pooler, "forward", lambda hidden: hidden.mean(1))),
+    "classifier": ("RobertaForSequenceClassification", lambda m: setattr(m, "classifier", MeanClassifier())),
+    "pooler of the model itself": ("BertModel", lambda m: setattr(m, "pooler", MeanPooler())),
 }
 
 
