@@ -11,10 +11,11 @@ from torch import Tensor
 
 import bert_fused
 from benchmarks.cases import Case
-from benchmarks.measure import Implementation, Inputs, Problem, each, graphed, rms_error
+from benchmarks.measure import Implementation, Inputs, Problem, each, graphed
 from bert_fused import reference
 from bert_fused.fallback import device_reason
 from bert_fused.kernels.lookup import get_config
+from bert_fused.reference import rms_error
 from bert_fused.timing import MIN_CALLS, Call, buffer_count
 from bert_fused.tune import accuracy
 from bert_fused.tune.accuracy import rows_of

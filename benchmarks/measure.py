@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bert_fused.timing import (
     MIN_CALLS,
@@ -197,10 +196,6 @@ def figures(samples: list[float], method: str, baselines: dict[str, list[float]]
         "ratio_to": {name: dataclasses.asdict(ratio(baseline, samples)) for name, baseline in baselines.items()},
         "samples_us": [round(sample, 4) for sample in samples],
     }
-
-
-def rms_error(result: Tensor, exact: Tensor) -> float:
-    return (result.double() - exact.double()).square().mean().sqrt().item()
 
 
 @functools.cache

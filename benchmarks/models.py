@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import bert_fused
 from benchmarks.cases import Case
 from benchmarks.linear import torch_dtype
-from benchmarks.measure import Implementation, Inputs, Problem, each, graphed, rms_error
+from benchmarks.measure import Implementation, Inputs, Problem, each, graphed
+from bert_fused.reference import rms_error
 from bert_fused.unpad.encoder import REQUEST, Request
 
 LAYERS_AND_HEADS = {"BERT-base": (12, 12), "BERT-large": (24, 16), "MiniLM": (6, 12)}
