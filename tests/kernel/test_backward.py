@@ -38,7 +38,7 @@ DIFFERENTIABLE = [activation for activation in ACTIVATIONS if activation != "non
 SHAPES = [(1, 1), (1, BLOCK_N + 1), (127, 33), (256, BLOCK_N), (257, 37), (273, BLOCK_N + 9)]
 
 
-def test_shapes_have_programs_of_several_steps() -> None:
+def test_the_tested_shapes_have_programs_of_one_and_several_steps() -> None:
     shares = [rows_per_program(M, N, INTERPRETER_SMS) for M, N in SHAPES]
     assert sorted({share // BLOCK_M for share in shares}) == [1, 2, 4]
     assert any(M % share == 0 for (M, _), share in zip(SHAPES, shares, strict=True) if share > BLOCK_M)

@@ -200,7 +200,7 @@ def test_modelled_times_are_those_by_hand() -> None:
     assert one_pass["modelled_us"] > one_pass["roofline_us"]
 
 
-def test_intended_blocks_are_those_of_the_model_or_as_many_as_there_are() -> None:
+def test_intended_blocks_are_the_models_and_at_most_those_of_the_grid() -> None:
     tile = Config("pointer", "bfloat16", 64, 64, 64, num_warps=4, num_stages=4)
     assert intended_blocks(tile, 90, [(8192, 3072, 768)]) == resident_blocks(tile, 90) == 3
     assert intended_blocks(tile, 90, [(8, 3072, 768), (256, 3072, 768)]) == 2, "192 blocks for 132 SMs"
@@ -252,7 +252,7 @@ print(json.dumps(rows))
     return rows
 
 
-def test_sixteen_bit_activations_are_exact_ones(compiled: dict[str, dict[str, str]]) -> None:
+def test_compiled_16_bit_activations_use_no_approximate_tanh_and_keep_nan(compiled: dict[str, dict[str, str]]) -> None:
     """No hardware tanh, which is good to 11 bits only, and maxima that keep a NaN."""
     for name in ("fp16 gelu", "bf16 gelu", "fp16 tanh gelu", "bf16 tanh"):
         assert "ex2.approx" in compiled[name]["ptx"]

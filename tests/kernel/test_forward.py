@@ -190,7 +190,7 @@ def test_every_order_of_tiles_covers_the_output(
 @pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
 @pytest.mark.parametrize("path", ["pointer", "tma", "library"])
 @all_dtypes
-def test_no_inputs_give_the_activation_of_the_bias(dtype: torch.dtype, path: str, bias: bool) -> None:
+def test_k_of_0_gives_the_activation_of_the_bias(dtype: torch.dtype, path: str, bias: bool) -> None:
     """Also with a tile's configuration. The kernel assumes K > 0, and the interpreter asserts that."""
     i = make_inputs("unit", 18, 70, 0, dtype, bias=bias)
     config = config_of(path, dtype)
@@ -203,7 +203,7 @@ def test_no_inputs_give_the_activation_of_the_bias(dtype: torch.dtype, path: str
 
 @pytest.mark.parametrize("path", [None, "pointer", "tma", "library"])
 @all_dtypes
-def test_no_outputs_have_their_shape_and_dtype(dtype: torch.dtype, path: str | None) -> None:
+def test_empty_outputs_have_their_shape_and_dtype(dtype: torch.dtype, path: str | None) -> None:
     config = config_of(path, dtype) if path is not None else None
     for M, N, K in ((0, 8, 8), (8, 0, 8), (0, 0, 0), (0, 8, 0)):
         i = make_inputs("unit", M, N, K, dtype)

@@ -38,7 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("check", launch_child.CHECKS)
-def test_launch_on_a_stub_driver(check: str, outcomes: dict[str, str]) -> None:
+def test_each_check_of_a_launch_on_the_stub_driver_passes(check: str, outcomes: dict[str, str]) -> None:
     assert outcomes[check] == "", outcomes[check]
 
 
@@ -77,7 +77,7 @@ WANTED = [(x, w, b) for x in (True, False) for w in (True, False) for b in (True
 )
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("xwb"[i] for i in range(3) if w[i]))
-def test_gradients_of_a_kept_call(
+def test_gradients_of_a_kept_call_match_eager(
     activation: str, recompute: bool, shape: tuple[int, ...], wanted: tuple[bool, bool, bool], served: list[str]
 ) -> None:
     ours, eager = leaves(shape, wanted), leaves(shape, wanted)
@@ -96,7 +96,7 @@ def test_gradients_of_a_kept_call(
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "tanh", "none", "silu"])
-def test_second_gradients_of_a_kept_call(activation: str) -> None:
+def test_second_gradients_of_a_kept_call_match_eager(activation: str) -> None:
     results = []
     for function in (linear_act, reference.linear_act):
         tensors = leaves((2, 3, 8), (True, True, True))
