@@ -74,7 +74,7 @@ def test_derivatives_are_within_the_bound_over_a_sweep(dtype: torch.dtype, activ
 
 @all_dtypes
 def test_the_sweeps_tell_erf_from_tanh(dtype: torch.dtype) -> None:
-    """Even its exact values, rounded once, are outside: a library that swaps one GELU for the other is caught."""
+    """Even exact values of tanh GELU, rounded once, break erf GELU's bound: no sweep takes one for the other."""
     z = sweep(dtype)
     ref, other = act64(z, "gelu"), act64(z, "gelu_tanh").to(dtype)
     with pytest.raises(AssertionError, match="outside the bound"):

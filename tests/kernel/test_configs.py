@@ -121,7 +121,7 @@ def test_a_long_k_is_served_by_an_entry_with_measured_times(
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_no_lookup_is_behind_the_models_best_candidate(model: str, dtype: str, arch: int) -> None:
-    """By more than a tenth, for the intermediate and the pooler, at 1 to 131072 rows."""
+    """No more than a tenth behind, for the intermediate and the pooler, at 1 to 131072 rows."""
     K, wide = MODELS[model]
     rows = [2**i * quarters // 4 for i in range(18) for quarters in (4, 5, 6, 7) if i >= 2 or quarters == 4]
     behind = {}
@@ -159,7 +159,7 @@ def test_an_architecture_without_a_table_gets_the_default_configuration(M: int, 
 
 
 def test_the_interpreter_takes_every_shape() -> None:
-    """Its kernel needs no alignment and has IEEE products, so that tests reach the Triton kernel with all of them."""
+    """It needs no alignment and multiplies in IEEE fp32, so that tests reach the Triton kernel with every shape."""
     for dtype in ("float16", "bfloat16", "float32"):
         assert get_config(5, 37, 32, dtype, 0, aligned=False).kernel == "pointer"
 

@@ -1,4 +1,4 @@
-"""The judge judged: the repair of the interpreter's bf16 and its lock (tests/support/interpreter.py)."""
+"""The interpreter itself: the repair of its bf16, and its lock (tests/support/interpreter.py)."""
 
 from concurrent.futures import ThreadPoolExecutor
 
