@@ -23,7 +23,7 @@ def run(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], d
 
 
 @pytest.mark.alone
-def test_a_call_of_ours_keeps_the_budgets(tmp_path: Path) -> None:
+def test_a_module_call_is_within_the_budgets_of_host_time(tmp_path: Path) -> None:
     """Other work on the machine can make one run slower, and hardly three."""
     for _ in range(3):
         done, figures = run(tmp_path / "host.json", "--rounds", "150")

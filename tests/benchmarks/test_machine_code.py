@@ -13,7 +13,7 @@ ptxas info    : Used 161 registers, used 1 barriers
 """
 
 
-def test_a_log_has_registers_spilled_bytes_and_what_it_says_of_wgmma() -> None:
+def test_read_log_gives_registers_spills_and_warnings_of_wgmma() -> None:
     found = read_log(LOG.format(stack=8, loads=4))
     assert (found["registers"], found["spills"]) == (161, 12)
     assert [message[:7] for message in found["ptxas"]] == ["(C7515)"]
@@ -22,7 +22,7 @@ def test_a_log_has_registers_spilled_bytes_and_what_it_says_of_wgmma() -> None:
 
 
 @pytest.mark.parametrize("log", ["", "Used 161 registers", "0 bytes stack frame, 0 bytes spill stores"])
-def test_a_log_that_says_too_little_is_refused(log: str) -> None:
+def test_read_log_refuses_a_log_without_registers_or_spills(log: str) -> None:
     """Else no spills would be seen where none are mentioned."""
     with pytest.raises(AssertionError):
         read_log(log)
@@ -73,7 +73,9 @@ def test_waits_are_counted_in_the_loop_over_k_and_instructions_after_it() -> Non
         ((TILE, MULTIPLY), "load tile, multiply", False),
     ],
 )
-def test_order_of_bias_and_first_tile(lines: tuple[str, ...], order: str, hidden: bool) -> None:
+def test_machine_code_shows_whether_the_bias_is_waited_for_before_the_first_tile(
+    lines: tuple[str, ...], order: str, hidden: bool
+) -> None:
     found = product(*lines, EXIT)
     assert found["order"] == order
     assert hides_bias(order) == hidden

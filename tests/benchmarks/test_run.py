@@ -263,7 +263,7 @@ def test_the_headline_cases_come_first() -> None:
     assert {case.rivals for case in ranked[-6:]} == {"max-autotune"}
 
 
-def test_cases_cover_the_plan() -> None:
+def test_cases_cover_every_shape_dtype_and_activation() -> None:
     ranked = cases(SUITES, "cuda", quick=False)
     rows = {1, 8, 32, 77, 128, 512, 1000, 2048, 4096, 5003, 8192, 16384, 32768}
     for suite in ("modules", "training"):

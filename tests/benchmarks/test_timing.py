@@ -29,7 +29,7 @@ def slower(rival: Implementation, tenths: int) -> Implementation:
 
 
 @pytest.mark.alone
-def test_equal_and_slower_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_here_finds_equals_equal_and_a_tenth_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager against itself, within 3 %; against eager with a tenth of its calls made twice, 10 %."""
     full = problem(CASE, "cpu")
     eager = next(rival for rival in full.implementations if rival.name == "eager")
@@ -66,12 +66,12 @@ def test_the_interval_of_equals_covers_one_about_as_often_as_it_says() -> None:
     assert sum(r.low <= 1 <= r.high for r in ratios) >= 88
 
 
-def test_summary_and_ratio_of_one_sample() -> None:
+def test_one_sample_has_a_summary_and_a_ratio_without_spread() -> None:
     assert vars(summarize([3.0])) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
     assert ratio([6.0], [3.0]) == Ratio(2.0, 2.0, 2.0)
 
 
-def test_quantiles() -> None:
+def test_a_summary_has_the_median_and_two_quantiles() -> None:
     summary = summarize([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert vars(summary) == pytest.approx({"median": 3.5, "p20": 2.0, "p80": 5.0})
 

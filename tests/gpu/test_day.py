@@ -136,8 +136,8 @@ def test_day_collects_each_gpu_test_in_its_step(day: Day) -> None:
     assert "-n 4 -m not alone" in calls["tests"]
     assert "-n 1 -m alone" in calls["alone"]
     # The clocks, once, after all others.
-    assert [name for _, name in collected].count("test_the_clocks_agree") == 1
-    assert collected[-1] == ("test_gpu_benchmarks", "test_the_clocks_agree")
+    assert [name for _, name in collected].count("test_graph_and_event_samplers_agree_on_a_long_product") == 1
+    assert collected[-1] == ("test_gpu_benchmarks", "test_graph_and_event_samplers_agree_on_a_long_product")
     day.run("sanitize")
     assert day.calls()["other"].startswith("1 off -m pytest tests/gpu/test_gpu_sanitizer.py -n 2")
 

@@ -38,7 +38,7 @@ def test_a_failed_capture_leaves_random_numbers() -> None:
     assert 0 <= torch.rand(1, device=DEVICE).item() < 1
 
 
-def test_what_an_implementation_allocates_is_poisoned() -> None:
+def test_memory_that_an_implementation_allocates_is_poisoned() -> None:
     """Else memory that still holds the right result would pass for a result. A CPU's allocator promises no reuse."""
     poisoned: list[bool] = []
 
@@ -51,7 +51,7 @@ def test_what_an_implementation_allocates_is_poisoned() -> None:
 
 
 @pytest.mark.alone
-def test_the_clocks_agree() -> None:
+def test_graph_and_event_samplers_agree_on_a_long_product() -> None:
     """A product long enough that launches are no part of it."""
     a = torch.randn(4096, 4096, device=DEVICE).bfloat16()
     calls = [lambda: a @ a] * 20
@@ -83,7 +83,7 @@ def test_every_rival_gets_its_figures(case: Case, monkeypatch: pytest.MonkeyPatc
     assert ("ours in a CUDA graph" in names) == (case.suite != "training")
 
 
-def test_a_quick_run_of_the_command(tmp_path: Path) -> None:
+def test_a_quick_run_on_the_gpu_succeeds(tmp_path: Path) -> None:
     out = f"{tmp_path}/r.jsonl"
     arguments = ["--device", "cuda", "--quick", "--suite", "pooler", "--rounds", "3", "--out", out]
     assert run.main([*arguments, "--commit", "0" * 40]) == 0

@@ -144,7 +144,7 @@ def test_a_method_replaced_on_its_class_or_an_instance_runs(
         ("roberta.RobertaClassificationHead", torch, "tanh"),
     ],
 )
-def test_a_function_replaced_in_its_file_runs(
+def test_a_replaced_activation_function_of_a_models_file_runs(
     name: str, home: ModuleType, function: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = twins(name)
@@ -155,7 +155,7 @@ def test_a_function_replaced_in_its_file_runs(
     assert "has no kernel" in fuse(ours).skipped["module"]
 
 
-def test_an_argument_by_name_is_hugging_faces_to_read(launches: list[str]) -> None:
+def test_an_argument_passed_by_name_runs_hugging_faces_code(launches: list[str]) -> None:
     ours, theirs = twins("vit.ViTMLP")
     fuse(ours)
     x = torch.randn(2, 5, 32)
@@ -209,7 +209,9 @@ def wrong_row(x: torch.Tensor, *args: object, **_: object) -> torch.Tensor:
     ],
     ids=["tanh form", "no bias", "no gradient", "another row"],
 )
-def test_the_check_finds_faults(name: str, function: str, fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_alone_finds_a_planted_fault(
+    name: str, function: str, fault: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = twins(name)[0].module
     assert families.check_alone(module, block_of(type(module))) == "alone"
     fused = copy.deepcopy(modules._counterparts)

@@ -22,7 +22,7 @@ def test_report_names_what_was_fused() -> None:
     assert str(report).endswith("3 fused, 0 skipped")
 
 
-def test_report_of_a_model_with_nothing_to_fuse() -> None:
+def test_report_says_that_a_model_has_nothing_to_fuse() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.GELU())
     report = fuse(model)
     assert report.fused == ()

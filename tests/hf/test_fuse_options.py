@@ -38,7 +38,7 @@ def test_options_that_are_other_strings_are_refused() -> None:
         fuse(build("BertModel"), unpad="no")
 
 
-def test_what_a_later_call_does_not_grant_is_taken_back() -> None:
+def test_fuse_takes_back_an_option_that_a_later_call_does_not_grant() -> None:
     model = build("BertModel")
     hooks = hooks_of(model)
     fuse(model, cls_only=True)

@@ -42,7 +42,7 @@ def test_the_page_lists_every_folder_of_the_installed_transformers() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_is_what_the_command_writes(tmp_path: Path) -> None:
+def test_the_models_page_is_current(tmp_path: Path) -> None:
     command = [sys.executable, "tests/support/families.py", "--out", str(tmp_path / "page.md")]
     root = families.PAGE.parent.parent
     subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": "."}, check=True)

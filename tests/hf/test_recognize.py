@@ -117,7 +117,7 @@ def test_a_decorated_method_is_no_chain() -> None:
     assert chain("@doubled\ndef forward(self, x):\n  return self.act(self.dense(x))") is None
 
 
-def test_only_what_the_module_itself_has_is_a_step() -> None:
+def test_a_call_of_another_modules_part_is_no_step() -> None:
     assert chain("def f(self, x):\n  return self.act(self.layer.dense(x))") != ("dense", "act")
     assert chain("def f(self, x):\n  return self.act(other.dense(x))") != ("dense", "act")
 

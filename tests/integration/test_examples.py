@@ -24,7 +24,7 @@ ENVIRONMENT = os.environ | {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_help(name: str) -> None:
+def test_each_example_prints_its_help(name: str) -> None:
     if name == "embed_with_ray.py":
         pytest.importorskip("ray")
     done = subprocess.run([sys.executable, EXAMPLES / name, "--help"], capture_output=True, text=True, env=ENVIRONMENT)

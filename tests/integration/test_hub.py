@@ -14,7 +14,7 @@ from examples.kernel_hub import build as hub
 ROOT = Path(__file__).parents[2]
 
 
-def test_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub_build_writes_the_layout_of_the_kernel_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hub.main([str(tmp_path)]) == 0
     variant = tmp_path / "build/torch-cuda"
     assert capsys.readouterr().out == f"{variant}\n"
@@ -36,7 +36,7 @@ def test_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 assert home.with_suffix(".py").is_file() or home.is_dir(), f"{path.name} imports {node.module}"
 
 
-def test_building_again_replaces_and_names_the_same(tmp_path: Path) -> None:
+def test_building_the_hub_layout_again_gives_the_same_files(tmp_path: Path) -> None:
     (variant,) = hub.build(tmp_path)
     first = {path: path.read_bytes() for path in variant.rglob("*") if path.is_file()}
     (variant / "stale.py").touch()
@@ -45,7 +45,7 @@ def test_building_again_replaces_and_names_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("company", ["alone", "beside"])
-def test_kernelize_uses_it(company: str, tmp_path: Path) -> None:
+def test_kernelize_uses_the_built_layers(company: str, tmp_path: Path) -> None:
     """In a process of its own, since ``kernelize`` marks transformers' classes."""
     hub.build(tmp_path, ("cuda", "cpu"))
     # The checkout comes first, and with it the folder kernels/, which must not be taken for Hugging Face's package.

@@ -1,4 +1,4 @@
-"""Checks of whole calls of ``linear_act``: an old call launches what a new one does."""
+"""Checks of whole calls of ``linear_act``: a kept call launches the same as a new one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -151,7 +151,7 @@ def check_each_place_between_boundaries_has_a_plan() -> None:
 
 
 def check_a_kept_call_is_made() -> None:
-    """Or every other check here would hold without any being kept."""
+    """Without kept calls every other check here would pass too."""
     x, w, b = linear_tensors()
     for arguments in ((x, w, b, "gelu"), (x.clone().requires_grad_(), w, b, "gelu")):
         linear_act(*arguments)

@@ -1,4 +1,4 @@
-"""Launches that are looked at, in a process whose driver is a stub (``benchmarks/static/stub_driver.py``).
+"""Launches recorded in a process whose driver is a stub (``benchmarks/static/stub_driver.py``).
 
 Every launch goes through Triton's own launcher into ``libcuda_stub.c``, which keeps what it was given. ``kernel[grid]``
 is the truth: what is launched must be the kernel that it picks, with the same grid, stream and parameters.
@@ -24,7 +24,7 @@ from bert_fused.kernels.plan import plans  # noqa: E402
 
 
 def launched(call: Callable[[], Any], parameters: int = 5) -> tuple[Any, dict[str, Any]]:
-    """What ``call`` returns, and its one launch, which must have that many parameters."""
+    """Return the result of ``call`` and its one launch, which must have that many parameters."""
     STUB.stub_keep_params(parameters)
     before = STUB.stub_launches()
     result = call()

@@ -135,7 +135,7 @@ def check_a_kept_call_is_a_threads_first_cuda_work() -> None:
         torch.cuda.mem_get_info = lambda: vars(thread).update(context=True)
         assert attempt() == ""
         assert len(refused) == 1, len(refused)
-        torch.cuda.mem_get_info = lambda: None  # what fails twice is the caller's to know
+        torch.cuda.mem_get_info = lambda: None  # an error that comes twice reaches the caller
         assert "invalid device context" in attempt()
         assert len(refused) == 3, len(refused)
     finally:

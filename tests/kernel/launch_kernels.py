@@ -1,4 +1,4 @@
-"""Checks of ``Launch``: the kernel that Triton picks, for every kind of argument, whoever watches launches."""
+"""Checks of ``Launch``: it launches the kernel that Triton picks, for every kind of argument, watched or not."""
 
 import contextlib
 import inspect

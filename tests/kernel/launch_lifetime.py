@@ -115,7 +115,7 @@ def check_a_child_starts_with_nothing() -> None:
 
 
 def check_lazily_zero_tensors_are_not_launched() -> None:
-    """They have no address, and all else in common with those of a kept call."""
+    """They have no address; otherwise they are like the tensors of a kept call."""
     tensors = linear_tensors()
     for _ in range(2):
         linear_act(*tensors)

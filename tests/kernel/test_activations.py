@@ -57,7 +57,7 @@ def derivative(saved: torch.Tensor, activation: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @all_dtypes
-def test_forward_sweep(dtype: torch.dtype, activation: str) -> None:
+def test_activations_are_within_the_bound_over_a_sweep(dtype: torch.dtype, activation: str) -> None:
     z = sweep(dtype)
     ref = act64(z, activation)
     assert_within(forward(z, activation), ref, bound(ref, z, activation))
@@ -65,7 +65,7 @@ def test_forward_sweep(dtype: torch.dtype, activation: str) -> None:
 
 @pytest.mark.parametrize("activation", DIFFERENTIABLE)
 @all_dtypes
-def test_derivative_sweep(dtype: torch.dtype, activation: str) -> None:
+def test_derivatives_are_within_the_bound_over_a_sweep(dtype: torch.dtype, activation: str) -> None:
     z = sweep(dtype)
     saved = act64(z, activation).to(dtype) if activation in ("relu", "tanh") else z
     ref = saved_grad64(saved, activation)
@@ -74,7 +74,7 @@ def test_derivative_sweep(dtype: torch.dtype, activation: str) -> None:
 
 @all_dtypes
 def test_the_sweeps_tell_erf_from_tanh(dtype: torch.dtype) -> None:
-    """Even its exact values, rounded once, are outside: a library that swaps one GELU for the other is caught."""
+    """Even exact values of tanh GELU, rounded once, break erf GELU's bound: no sweep takes one for the other."""
     z = sweep(dtype)
     ref, other = act64(z, "gelu"), act64(z, "gelu_tanh").to(dtype)
     with pytest.raises(AssertionError, match="outside the bound"):

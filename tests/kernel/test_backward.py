@@ -38,7 +38,7 @@ DIFFERENTIABLE = [activation for activation in ACTIVATIONS if activation != "non
 SHAPES = [(1, 1), (1, BLOCK_N + 1), (127, 33), (256, BLOCK_N), (257, 37), (273, BLOCK_N + 9)]
 
 
-def test_shapes_have_programs_of_several_steps() -> None:
+def test_the_tested_shapes_have_programs_of_one_and_several_steps() -> None:
     shares = [rows_per_program(M, N, INTERPRETER_SMS) for M, N in SHAPES]
     assert sorted({share // BLOCK_M for share in shares}) == [1, 2, 4]
     assert any(M % share == 0 for (M, _), share in zip(SHAPES, shares, strict=True) if share > BLOCK_M)
@@ -48,7 +48,7 @@ def test_shapes_have_programs_of_several_steps() -> None:
 @pytest.mark.parametrize("N", [1536, 3072, 4096])
 @pytest.mark.parametrize("M", [1, 512, 2048, 32768, 2**20])
 def test_rows_per_program_fill_the_chip(M: int, N: int) -> None:
-    """Blocks for an H100's 132 SMs where there are rows for them, and no more rows of sums than that takes."""
+    """Enough blocks for an H100's 132 SMs if there are enough rows, and no more rows of sums than these need."""
     rows = rows_per_program(M, N, 132)
     assert rows % BLOCK_M == 0
     assert BLOCK_M <= rows <= MAX_ROWS_PER_PROGRAM
@@ -65,7 +65,7 @@ def make_saved(activation: str, M: int, N: int, dtype: torch.dtype, seed: int = 
 
 
 def stored(shape: tuple[int, int]) -> dict[str, int]:
-    """Elements that a launch with the gradient of the bias stores, each once."""
+    """How many elements of each output a launch with the gradient of the bias stores, each once."""
     M, N = shape
     return {"d_preact_ptr": M * N, "partial_ptr": -(-M // rows_per_program(M, N, INTERPRETER_SMS)) * N}
 
@@ -120,7 +120,7 @@ def test_sums_of_blocks_are_added_in_fp32(dtype: torch.dtype) -> None:
 def test_strides_and_offsets_change_nothing(
     sanitized: Sanitizer, dtype: torch.dtype, argument: str, layout: str
 ) -> None:
-    """Also those of ``out.sum().backward()``, which are all 0, and a saved tensor that is not the forward's own."""
+    """Also the strides of ``out.sum().backward()``, which are all 0, and a saved tensor with strides of its own."""
     tensors = dict(zip(("d_out", "saved"), make_saved("gelu", 259, 37, dtype), strict=True))
     given = tensors[argument]
     view = given[0, 0].expand_as(given) if layout == "scalar" else with_layout(given, layout)

@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, without a GPU: resources, instructions and the width of offsets.
+"""The compiled kernels, without a GPU: their resources, instructions and the width of their offsets.
 
-Kernels in this process are interpreted, so compiling is left to others, without ``TRITON_INTERPRET``.
+This process interprets kernels, so other processes, without ``TRITON_INTERPRET``, compile them.
 """
 
 import json
@@ -48,7 +48,7 @@ from bert_fused.kernels.configs import Config
 {}
 sys.exit(sass.main(sys.argv[1:]))
 """
-# Without what takes long: disassembling, but for what has a budget of instructions, and all but shipped GELUs.
+# Leaves out what takes long: offered configurations, other activations than GELU, and most of the disassembling.
 SHORT = """
 sass.offered_configs = lambda arch: {}
 sass.activations_to_check = lambda dtype: ("gelu",)
@@ -109,7 +109,7 @@ def test_shipped_configurations_are_within_their_budgets_for_gelu(arch: int, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_configurations_shipped_or_offered_are_within_their_budgets(arch: int, tmp_path: Path) -> None:
-    """Offered is what the tuner would time. Shipped ones are compiled for every activation to check."""
+    """The tuner times the offered ones. Shipped ones are compiled for every activation to check."""
     rows = within_budget(arch, "", tmp_path)
     shipped, offered = ([row for row in rows if bool(row.get("offered")) == kind] for kind in (False, True))
     check_shipped(shipped, arch)
@@ -185,7 +185,7 @@ def test_a_broken_budget_is_named(change: dict[str, Any], reason: str | None) ->
 
 
 def test_modelled_times_are_those_by_hand() -> None:
-    """What BERT-base needs at M = 8192 on an H100, by data sheet, and what a pass over memory takes."""
+    """The times by data sheet of BERT-base at M = 8192 on an H100, and of a pass over memory."""
     tile = Config("tma", "bfloat16", 128, 128, 64, num_warps=4, num_stages=3)
     times = linear_times(tile, (8192, 3072, 768), 90)
     assert times["shape"] == "8192x3072x768"
@@ -200,7 +200,7 @@ def test_modelled_times_are_those_by_hand() -> None:
     assert one_pass["modelled_us"] > one_pass["roofline_us"]
 
 
-def test_intended_blocks_are_those_of_the_model_or_as_many_as_there_are() -> None:
+def test_intended_blocks_are_the_models_and_at_most_those_of_the_grid() -> None:
     tile = Config("pointer", "bfloat16", 64, 64, 64, num_warps=4, num_stages=4)
     assert intended_blocks(tile, 90, [(8192, 3072, 768)]) == resident_blocks(tile, 90) == 3
     assert intended_blocks(tile, 90, [(8, 3072, 768), (256, 3072, 768)]) == 2, "192 blocks for 132 SMs"
@@ -252,12 +252,12 @@ print(json.dumps(rows))
     return rows
 
 
-def test_sixteen_bit_activations_are_exact_ones(compiled: dict[str, dict[str, str]]) -> None:
+def test_compiled_16_bit_activations_use_no_approximate_tanh_and_keep_nan(compiled: dict[str, dict[str, str]]) -> None:
     """No hardware tanh, which is good to 11 bits only, and maxima that keep a NaN."""
     for name in ("fp16 gelu", "bf16 gelu", "fp16 tanh gelu", "bf16 tanh"):
         assert "ex2.approx" in compiled[name]["ptx"]
         assert "tanh.approx" not in compiled[name]["ptx"]
-    # The interpreter's minimum and maximum keep a NaN whatever they are told: only here would it show.
+    # The interpreter's minimum and maximum always keep a NaN, so only machine code shows whether the GPU's do.
     for name in ("fp16 gelu", "bf16 gelu", "relu pass"):
         assert "max.NaN.f32" in compiled[name]["ptx"]
         assert not re.search(r"max\.f32", compiled[name]["ptx"])

@@ -51,7 +51,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("M", "expected"), [(1, 1), (16, 1), (63, 1), (65, 2), (1023, 2), (1025, 3), (4096, 3), (2**30, 3), (0, 1)]
 )
-def test_nearest_rows_in_logarithm(M: int, expected: int) -> None:
+def test_lookup_takes_the_shipped_entry_nearest_in_log_rows(M: int, expected: int) -> None:
     """16 and 256 meet at 64, their geometric mean; 256 and 4096 at 1024."""
     assert get_config(M, 1024, 1024, "float16", 90, aligned=True) == config(expected)
 
@@ -77,7 +77,7 @@ def test_entries_serve_their_own_dtype_only() -> None:
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("arch", [80, 90])
-def test_cublas_serves_what_tiles_would_spill_on(arch: int) -> None:
+def test_cublas_serves_unaligned_rows_and_ieee_fp32(arch: int) -> None:
     assert get_config(512, 3072, 768, "float16", arch, aligned=False) == Config("library", "float16")
     for aligned in (False, True):
         assert get_config(512, 3072, 768, "float32", arch, aligned=aligned) == Config("library", "float32")
@@ -86,7 +86,7 @@ def test_cublas_serves_what_tiles_would_spill_on(arch: int) -> None:
 @pytest.mark.parametrize("arch", [0, 80, 86, 90])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("M", [1, 4096])
-def test_cublas_serves_products_of_nothing(M: int, dtype: str, arch: int) -> None:
+def test_cublas_serves_products_with_k_of_0(M: int, dtype: str, arch: int) -> None:
     """No descriptor describes a matrix without columns, and the kernel assumes that there are some."""
     assert get_config(M, 3072, 0, dtype, arch, aligned=True) == Config("library", dtype)
 
@@ -94,7 +94,7 @@ def test_cublas_serves_products_of_nothing(M: int, dtype: str, arch: int) -> Non
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("N", "K"), [(768, 3072), (1024, 4096), (2048, 2048)])
-def test_cublas_serves_a_long_k_that_nobody_measured(N: int, K: int, dtype: str, arch: int) -> None:
+def test_cublas_serves_a_long_k_without_measured_times(N: int, K: int, dtype: str, arch: int) -> None:
     for M in (1, 512, 8192, 131072):
         assert get_config(M, N, K, dtype, arch, aligned=True) == Config("library", dtype)
     assert get_config(512, N, 2040, dtype, arch, aligned=True) != Config("library", dtype)
@@ -121,7 +121,7 @@ def test_a_long_k_is_served_by_an_entry_with_measured_times(
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_no_lookup_is_behind_the_models_best_candidate(model: str, dtype: str, arch: int) -> None:
-    """By more than a tenth, for the intermediate and the pooler, at 1 to 131072 rows."""
+    """No more than a tenth behind, for the intermediate and the pooler, at 1 to 131072 rows."""
     K, wide = MODELS[model]
     rows = [2**i * quarters // 4 for i in range(18) for quarters in (4, 5, 6, 7) if i >= 2 or quarters == 4]
     behind = {}
@@ -153,19 +153,19 @@ def test_limits_keep_offsets_inside_32_bits() -> None:
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("M", [0, 1, 256, 257, 4096])
-def test_architecture_without_a_table(M: int, dtype: str) -> None:
+def test_an_architecture_without_a_table_gets_the_default_configuration(M: int, dtype: str) -> None:
     assert load_table(86) == ()
     assert get_config(M, 3072, 768, dtype, 86, aligned=True) == default_config(M, dtype, 86)
 
 
 def test_the_interpreter_takes_every_shape() -> None:
-    """Its kernel needs no alignment and has IEEE products, so that tests reach the Triton kernel with all of them."""
+    """It needs no alignment and multiplies in IEEE fp32, so that tests reach the Triton kernel with every shape."""
     for dtype in ("float16", "bfloat16", "float32"):
         assert get_config(5, 37, 32, dtype, 0, aligned=False).kernel == "pointer"
 
 
 @pytest.mark.parametrize("arch", TABLE_ARCHS)
-def test_tables_load_and_say_where_they_come_from(arch: int) -> None:
+def test_shipped_tables_are_complete_and_name_their_source(arch: int) -> None:
     raw = json.loads((TABLES / f"sm_{arch}.json").read_text())
     assert raw["arch"] == arch
     assert len(raw["source"]) > 20
@@ -195,12 +195,12 @@ def test_operand_tiles_fit_shared_memory(arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", [arch for arch in sorted({*TABLE_ARCHS, *SHARED_MEMORY}) if arch < 90])
-def test_only_hopper_and_later_use_tma(arch: int) -> None:
+def test_no_shipped_configuration_uses_tma_before_hopper(arch: int) -> None:
     assert all(shipped.kernel == "pointer" for shipped in shipped_configs(arch))
 
 
 @pytest.mark.parametrize("arch", [0, *TABLE_ARCHS, 86, 100])
-def test_shipped_covers_whatever_lookup_returns(arch: int) -> None:
+def test_shipped_configs_holds_every_tile_that_lookup_returns(arch: int) -> None:
     shipped = list(shipped_configs(arch))
     assert len(set(shipped)) == len(shipped)
     looked_up = {
@@ -237,7 +237,7 @@ def test_fp32_follows_torchs_setting() -> None:
         assert _precision(torch.float16) == "float16"
 
 
-def test_nothing_reads_the_settings_that_raise() -> None:
+def test_no_source_reads_torchs_older_fp32_settings() -> None:
     """Once ``fp32_precision`` was set to "tf32", torch's older getters raise."""
     old = re.compile(r"allow_tf32|float32_matmul_precision")
     files = [path for folder in ("kernels", "bert_fused", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
@@ -246,7 +246,7 @@ def test_nothing_reads_the_settings_that_raise() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_alignment(dtype: torch.dtype) -> None:
+def test_is_aligned_wants_contiguous_rows_on_16_byte_boundaries(dtype: torch.dtype) -> None:
     """Rows, of the output too, are contiguous and start on 16-byte boundaries, and do not overlap."""
     elements = 16 // dtype.itemsize
     memory = torch.zeros(64, 64, dtype=dtype)
@@ -266,7 +266,7 @@ def test_alignment(dtype: torch.dtype) -> None:
     [((0, 0), 64, True), ((1, 0), 64, False), ((0, 1), 64, False), ((8, 8), 64, True), ((0, 0), 60, False)],
     ids=["all", "x", "weight", "whole boundaries", "output"],
 )
-def test_the_launcher_looks_at_every_row(
+def test_lookup_is_told_aligned_only_if_rows_of_every_matrix_are(
     offsets: tuple[int, int], N: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of x, the weight and the output: lookup is told that rows are aligned only if all are."""

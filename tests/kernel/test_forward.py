@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 # 3 x 5 tiles of the TMA kernels, with 7 steps of K: no number of blocks divides them.
 RAGGED = (37, 136, 200)
 SHAPES = [(1, 1, 1), (1, 70, 1), (33, 1, 40), (5, 37, 64), (1, 129, 77), (17, 65, 129), (34, 64, 7), (16, 64, 64)]
-# TMA's rows are multiples of 16 bytes. From one tile, fewer than there are blocks, to many.
+# TMA's rows are multiples of 16 bytes. From one tile, which leaves blocks without one, to many.
 TMA_SHAPES = [(1, 8, 8), (16, 32, 32), (21, 72, 40), (64, 64, 104), (5, 264, 256)]
 
 _pointer = Config("pointer", "float16", 16, 64, 64, num_warps=1, num_stages=1, group_m=2)
@@ -170,7 +170,7 @@ def tiles() -> list[Config]:
 
 @pytest.mark.parametrize("config", tiles(), ids=lambda config: f"{config.dtype}-{config}".replace(" ", "-"))
 def test_every_configuration_shipped_or_offered_is_exact(sanitized: Sanitizer, config: Config) -> None:
-    """With a ragged K, and where the kernel has a loop of its own for whole tiles, with that."""
+    """With a ragged K, and with a K of whole steps if the kernel has another loop for that."""
     dtype = torch.float32 if config.dtype == "tf32" else getattr(torch, config.dtype)
     M, N, K = config.block_m + 5, config.block_n + 24, 2 * config.block_k
     check_exact(sanitized, config, make_inputs("integers", M, N, K + 8, dtype))
@@ -190,7 +190,7 @@ def test_every_order_of_tiles_covers_the_output(
 @pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
 @pytest.mark.parametrize("path", ["pointer", "tma", "library"])
 @all_dtypes
-def test_no_inputs_give_the_activation_of_the_bias(dtype: torch.dtype, path: str, bias: bool) -> None:
+def test_k_of_0_gives_the_activation_of_the_bias(dtype: torch.dtype, path: str, bias: bool) -> None:
     """Also with a tile's configuration. The kernel assumes K > 0, and the interpreter asserts that."""
     i = make_inputs("unit", 18, 70, 0, dtype, bias=bias)
     config = config_of(path, dtype)
@@ -203,7 +203,7 @@ def test_no_inputs_give_the_activation_of_the_bias(dtype: torch.dtype, path: str
 
 @pytest.mark.parametrize("path", [None, "pointer", "tma", "library"])
 @all_dtypes
-def test_no_outputs_have_their_shape_and_dtype(dtype: torch.dtype, path: str | None) -> None:
+def test_empty_outputs_have_their_shape_and_dtype(dtype: torch.dtype, path: str | None) -> None:
     config = config_of(path, dtype) if path is not None else None
     for M, N, K in ((0, 8, 8), (8, 0, 8), (0, 0, 0), (0, 8, 0)):
         i = make_inputs("unit", M, N, K, dtype)
@@ -271,7 +271,7 @@ def test_a_second_call_without_preact_gives_the_same_bits_and_leaves_its_inputs(
 
 
 def test_the_bound_is_tight_enough_to_see_a_second_rounding() -> None:
-    """What the bound is for: rounding the pre-activation before the activation, as eager does, breaks it."""
+    """Rounding the pre-activation before the activation, as eager does, breaks the bound."""
     i = make_inputs("unit", *RAGGED, torch.bfloat16)
     ref = act64(linear64(i.x, i.weight, i.bias), "gelu")
     with pytest.raises(AssertionError, match="outside the bound"):

@@ -1,4 +1,4 @@
-"""The judge judged: the repair of the interpreter's bf16 and its lock (tests/support/interpreter.py)."""
+"""The interpreter itself: the repair of its bf16, and its lock (tests/support/interpreter.py)."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -92,13 +92,13 @@ def test_raw_bf16_arithmetic_raises(operation: str) -> None:
 
 
 @pytest.mark.parametrize("operation", ["copy", "select"])
-def test_moving_bf16_is_no_arithmetic(operation: str) -> None:
+def test_copying_and_selecting_raw_bf16_is_allowed(operation: str) -> None:
     src, dst = torch.randn(BLOCK).bfloat16(), torch.zeros(BLOCK, dtype=torch.bfloat16)
     raw_kernel[(1,)](src, dst, operation, BLOCK)
     assert torch.equal(src, dst)
 
 
-def test_threads_take_turns() -> None:
+def test_threads_get_exact_results_from_the_interpreter() -> None:
     i = make_inputs("integers", 19, 70, 45, torch.float16)
     ref = linear64(i.x, i.weight, i.bias)
 

@@ -1,4 +1,4 @@
-"""The keys of plans: calls that differ in anything that a launch depends on have different ones."""
+"""The keys of plans: calls that differ in anything that a launch depends on have different keys."""
 
 from typing import Any
 

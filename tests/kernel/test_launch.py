@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong in each check, "" for nothing."""
+    """Name of each check -> its error, "" if it passed."""
     folder = tmp_path_factory.mktemp("stub")
     stub_driver.build(folder)
     environment = stub_driver.environment(folder) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
@@ -38,7 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("check", launch_child.CHECKS)
-def test_launch_on_a_stub_driver(check: str, outcomes: dict[str, str]) -> None:
+def test_each_check_of_a_launch_on_the_stub_driver_passes(check: str, outcomes: dict[str, str]) -> None:
     assert outcomes[check] == "", outcomes[check]
 
 
@@ -47,7 +47,7 @@ def test_launch_on_a_stub_driver(check: str, outcomes: dict[str, str]) -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the calls that a plan from before served: one for each."""
+    """The activation of each call that a kept plan served."""
     found: list[str] = []
 
     def get(key: Any) -> Any:
@@ -77,7 +77,7 @@ WANTED = [(x, w, b) for x in (True, False) for w in (True, False) for b in (True
 )
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("xwb"[i] for i in range(3) if w[i]))
-def test_gradients_of_a_kept_call(
+def test_gradients_of_a_kept_call_match_eager(
     activation: str, recompute: bool, shape: tuple[int, ...], wanted: tuple[bool, bool, bool], served: list[str]
 ) -> None:
     ours, eager = leaves(shape, wanted), leaves(shape, wanted)
@@ -96,7 +96,7 @@ def test_gradients_of_a_kept_call(
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "tanh", "none", "silu"])
-def test_second_gradients_of_a_kept_call(activation: str) -> None:
+def test_second_gradients_of_a_kept_call_match_eager(activation: str) -> None:
     results = []
     for function in (linear_act, reference.linear_act):
         tensors = leaves((2, 3, 8), (True, True, True))
@@ -136,7 +136,7 @@ def test_a_kept_call_saves_what_a_new_one_does(served: list[str]) -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
 def test_checkpointing_may_recompute_by_a_kept_call(activation: str, served: list[str]) -> None:
-    """It compares what is saved with what the first, new call saved."""
+    """Checkpointing compares the tensors that a kept call saves with those that the first, new call saved."""
     tensors = leaves((2, 3, 8), (True, True, True))
     out = torch.utils.checkpoint.checkpoint(linear_act, *tensors, activation, use_reentrant=False)
     assert not served
@@ -169,7 +169,7 @@ class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def stepping_aside() -> dict[str, Any]:
-    """Each calls ``linear_act`` where a kept call would be silently wrong, on tensors that one is kept for."""
+    """Name -> a function that calls ``linear_act``, on tensors of a kept call, where that would be silently wrong."""
 
     def forward_ad(x: Tensor, w: Tensor, b: Tensor) -> Any:
         with torch.autograd.forward_ad.dual_level():

@@ -64,7 +64,7 @@ def test_a_measured_entry_is_preferred_within_its_reach(folder: Path, caplog: py
     assert not caplog.records
 
 
-def test_what_is_measured_here_goes_before_what_is_shipped_for_the_same_shape(monkeypatch, tmp_path: Path) -> None:
+def test_a_measured_entry_goes_before_a_shipped_one_for_the_same_shape(monkeypatch, tmp_path: Path) -> None:
     rows = [entry_row(entry(M, config=Config("library", "float16"))) for M in (500, 4096)]
     (tmp_path / "sm_90.json").write_text(json.dumps({"arch": 90, "source": "a test", "entries": rows}))
     monkeypatch.setattr(lookup, "TABLES", tmp_path)
@@ -74,7 +74,7 @@ def test_what_is_measured_here_goes_before_what_is_shipped_for_the_same_shape(mo
     assert chosen_for(4096) == Config("library", "float16")
 
 
-def test_nearest_measured_rows_in_logarithm() -> None:
+def test_lookup_takes_the_measured_entry_nearest_in_log_rows() -> None:
     other = Config("library", "float16")
     remember([entry(64), entry(512, config=other)], 90, GPU, "a test")
     for M, expected in ((16, TILE), (181, TILE), (182, other), (2048, other)):
@@ -87,7 +87,7 @@ def test_alignment_and_ieee_fp32_go_before_any_table() -> None:
     assert chosen_for(512, dtype="float32").kernel == "library"
 
 
-def test_the_launcher_asks_for_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_served_by_the_table_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the public function down: the table of the tensor's GPU decides."""
     chosen = Config("library", "float32")
     remember([Entry(8, 40, 24, chosen, MEASURED)], 0, GPU, "a test")
@@ -114,7 +114,7 @@ def test_results_are_right_beside_a_damaged_table(monkeypatch: pytest.MonkeyPatc
     assert message.startswith(f"ignoring {path} (")
 
 
-def test_rows_survive_the_file() -> None:
+def test_entries_are_read_back_as_they_were_written() -> None:
     tma = Config("tma", "bfloat16", 128, 128, 64, 4, 3, 4, persistent=2, subtiles=2)
     entries = [entry(8), entry(16, config=tma), entry(32, 64, 64, Config("library", "tf32"))]
     remember(entries, 90, GPU, "a test")
@@ -182,7 +182,7 @@ def test_a_damaged_table_is_ignored_with_one_warning(
     assert chosen_for(512) == shipped(512)
 
 
-def test_another_gpus_numbers_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_of_another_gpu_is_ignored_and_the_gpu_named(caplog: pytest.LogCaptureFixture) -> None:
     path = remember([entry(512)], 90, "NVIDIA Other GPU", "a test")
     path.rename(lookup.table_path(90, GPU))
     assert chosen_for(512) == shipped(512)
@@ -204,7 +204,7 @@ def test_everything_shipped_is_launchable(arch: int) -> None:
         assert unlaunchable(config, arch) is None
 
 
-def test_a_table_that_cannot_be_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_that_cannot_be_read_is_ignored_with_its_error(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = lookup.table_path(90, GPU)
     path.mkdir(parents=True)
     assert chosen_for(512) == shipped(512)
@@ -213,7 +213,7 @@ def test_a_table_that_cannot_be_read(folder: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("cache", ["missing", "a file", "no home", "relative"])
-def test_nothing_to_read_is_nothing_to_warn_of(
+def test_a_missing_table_is_ignored_without_a_warning(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()

@@ -63,7 +63,7 @@ ONCE = r"elements of \w+, \d+ were never written and \d+ more than once"
 # The report also names the nearest tensor, which depends on where the allocator put them.
 READS, WRITES = r"reads \d+ elements of .* outside", r"writes \d+ elements of .* outside"
 
-# Name -> call, what is replaced in the source, by what, and the report. tests/mutants plants others.
+# Name -> call, the source to replace, its replacement, and the report. tests/mutants plants other faults.
 FAULTS = {
     "store: no mask of rows": (
         "pointer",

@@ -50,7 +50,7 @@ def test_one_graph_serves_all_rows() -> None:
     assert torch.ops.bert_fused.linear_act_fwd in names or torch.ops.bert_fused.linear_act_fwd.default in names
 
 
-def test_dynamo_is_kept_from_eager_modes_questions(monkeypatch) -> None:
+def test_dynamo_never_traces_the_checks_of_eager_mode(monkeypatch) -> None:
     """Dynamo takes a transform for active whenever it is asked, so that the answers that it cannot trace are never
     reached. A Dynamo that knows better must not come to them either."""
     monkeypatch.setattr(fallback, "_peek_interpreter_stack", lambda: None)

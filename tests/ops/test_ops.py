@@ -43,7 +43,7 @@ def test_bad_input_is_named_before_anything_is_launched(change, error, message, 
 
 
 @pytest.mark.parametrize("shape", [(2, K), (2, 0, K), (1, 2, 3, K)])
-def test_cls_pool_refuses_what_is_no_sequence(shape) -> None:
+def test_cls_pool_refuses_hidden_states_that_are_no_sequence(shape) -> None:
     _, weight, bias = tensors(1)
     with pytest.raises(ValueError, match=r"\[B, S, K\] with S >= 1"):
         cls_pool(torch.ones(shape), weight, bias)

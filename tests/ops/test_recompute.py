@@ -44,7 +44,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     ("activation", "dtype"),
     [("gelu", torch.float16), ("gelu", torch.bfloat16), *((a, torch.float32) for a in ACTIVATIONS)],
 )
-def test_gradients_have_the_same_bits(activation: str, dtype: torch.dtype) -> None:
+def test_recompute_gives_gradients_of_the_same_bits(activation: str, dtype: torch.dtype) -> None:
     results = []
     for recompute in (False, True):
         inputs = leaves(dtype)
@@ -133,7 +133,7 @@ def flags(model: torch.nn.Module) -> list[bool]:
     return [m.recompute_preact for m in model.modules() if hasattr(m, "recompute_preact")]
 
 
-def test_the_choice_is_the_modules_and_ends_with_unfuse() -> None:
+def test_recompute_stays_until_a_later_fuse_or_unfuse() -> None:
     model = make()
     before = [dict(module.__dict__) for module in model.modules()]
     bert_fused.fuse(model, recompute_preact=True)

@@ -24,7 +24,7 @@ when_fused = pytest.mark.parametrize("when", ["before", "after"])
 
 
 def twins(kind: str) -> tuple[nn.Module, nn.Module]:
-    """Two equal blocks of Hugging Face's: the one to be fused, and the one that says what is right."""
+    """Two equal blocks of Hugging Face's: one to be fused, and one to compare it with."""
     if kind in ("mlp", "ffn"):
         torch.manual_seed(0)
         settings = DistilBertConfig(dim=32, hidden_dim=37, dropout=0.0, n_heads=4)

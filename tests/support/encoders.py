@@ -1,4 +1,4 @@
-"""Models of every supported family with every head, masks of every kind, and what a fused encoder computes of them."""
+"""Models of every supported family with every head, masks of every kind, and the rows that a fused encoder computes."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ HEADS = {
     "ForQuestionAnswering": "all",
 }
 FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
-# Model class -> who reads its encoder's result: "pooler" and "tokens pooler" both every token and position 0.
+# Model class -> the readers of its encoder's result. "pooler" and "tokens pooler": every token, and position 0.
 MODELS = {f"{family}{head}": reads for family in FAMILIES for head, reads in HEADS.items()}
 MODELS |= {
     "BertForNextSentencePrediction": "first",
@@ -35,7 +35,7 @@ MODELS |= {
 
 
 def build(name: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
-    """A tiny model in eval mode whose weights, biases among them, are not those of a fresh one."""
+    """A tiny model in eval mode, its weights and biases unlike those of a fresh one."""
     kind = getattr(transformers, name)
     torch.manual_seed(0)
     no_dropout = {"summary_last_dropout": 0.0} if name == "ElectraForMultipleChoice" else {}
@@ -70,11 +70,11 @@ def inputs_of(name: str, mask: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-# What most tests call a model with: a batch of four sequences with padding at the right of three.
+# The batch of most tests: four sequences, three of them padded at the right.
 RIGHT = mask_of("right")
 KEEP = RIGHT.bool()
 BATCH = inputs_of("BertModel", RIGHT)
-# What the two layers of an encoder compute of it: packed rows, and position 0 of each sequence where no other is read.
+# The rows of it that an encoder's two layers compute: packed ones; position 0 in the last, if no other is read.
 PACKED = [(int(RIGHT.sum()),)] * 2
 FIRST = [PACKED[0], (4,)]
 

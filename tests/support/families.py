@@ -54,7 +54,7 @@ SIZES = {
 SETTINGS = {"esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 2}}
 # Arguments of classes that take more than a configuration.
 ARGUMENTS = {"dim": 32, "input_dim": 32, "inner_dim": 32, "num_classes": 3, "pooler_dropout": 0.0}
-# Of fp32 results, relative to the largest.
+# The largest difference allowed between fp32 results, relative to the largest of them.
 TOLERANCE = 1e-5
 # Names of classes that a user may expect to be fused.
 _EXPECTED = re.compile("(Intermediate|Pooler|MLP|Mlp|FFN|FeedForward|PredictionHeadTransform|ClassificationHead)$")
@@ -64,8 +64,8 @@ _EXPECTED = re.compile("(Intermediate|Pooler|MLP|Mlp|FFN|FeedForward|PredictionH
 class Folder:
     """A folder of transformers' models.
 
-    types: the model types whose models are in it. blocks: class -> block, of those that can be fused. others: class ->
-        why not, of those of which it may be expected.
+    types: the types of its models. blocks: class -> block, for classes that can be fused. others: class -> why not, for
+        classes that a user may expect to be fused.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _put(folder: Folder, definition: ast.ClassDef) -> None:
 
 
 def check(folder: Folder) -> dict[str, str]:
-    """Class -> how it was checked, inside a "model" or "alone", or in other words why it was not."""
+    """Return class -> how it was checked: "model" (inside one), "alone", or a sentence that says why it was not."""
     files = sorted((MODELS / folder.name).glob("modeling_*.py"))
     homes = [importlib.import_module(f"transformers.models.{folder.name}.{file.stem}") for file in files]
     kinds = {name: vars(home)[name] for home in homes for name in folder.blocks if name in vars(home)}
@@ -127,7 +127,7 @@ def check(folder: Folder) -> dict[str, str]:
 
 
 def models(homes: list[ModuleType], settings: dict[str, Any]) -> Iterator[PreTrainedModel]:
-    """The models of some files that can be built tiny, those without a head first."""
+    """Yield the models of some files that can be built tiny, those without a head first."""
     own = [item for home in homes for item in vars(home).values() if getattr(item, "__module__", "") == home.__name__]
     kinds = [item for item in own if isinstance(item, type) and issubclass(item, PreTrainedModel)]
     for kind in sorted(kinds, key=lambda kind: not kind.__name__.endswith("Model")):
@@ -235,7 +235,7 @@ def _difference(ours: list[list[Tensor | None]], theirs: list[list[Tensor | None
 
 
 def _tried(make: Callable[..., Any], *args: Any) -> Any:
-    """None if it raises: some models want settings, inputs or libraries that cannot be guessed."""
+    """Return a call's result, or None if it raises: some models want settings or libraries that cannot be guessed."""
     try:
         torch.manual_seed(0)
         return make(*args)

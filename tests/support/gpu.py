@@ -1,6 +1,6 @@
-"""What the tests that need a GPU share.
+"""Inputs, gradients and markers that the tests on a GPU share.
 
-BERT_FUSED_TEST_GPU=1 TRITON_INTERPRET=1 rehearses them on a CPU, without those of streams, graphs and devices.
+BERT_FUSED_TEST_GPU=1 TRITON_INTERPRET=1 rehearses them on a CPU, without the tests of streams, graphs and devices.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 
-# A warning of another version of torch must not cost a run on a GPU.
+# A warning that another version of torch gives must not fail a run on a GPU.
 MARKS = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")

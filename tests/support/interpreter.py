@@ -1,7 +1,7 @@
-"""What Triton's interpreter lacks to be a judge: right bf16 numbers, memory bounds, and one launch at a time.
+"""What tests need of Triton's interpreter and it lacks: right bf16 numbers, memory bounds, and one launch at a time.
 
 ``install()`` mends the first and the last for the whole process, ``sanitized()`` watches memory within a scope.
-Works on Triton 3.6, 3.7 and 3.9: where signatures differ between them, only the leading arguments are named.
+Works on Triton 3.6 to 3.9: where signatures differ between them, only the leading arguments are named.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def install() -> None:
             launch(self, *args, **kwargs)
 
     def patch_once(function: Callable[..., Any]) -> Any:
-        # Triton patches for every call of every function in a kernel, a third of a launch's time.
+        # Triton patches its language again for every call of a function in a kernel: a third of a launch's time.
         module = id(function.__globals__)
         if module not in patched:
             patched.add(module)
@@ -70,7 +70,7 @@ def _is_bf16(value: object) -> bool:
 def _repair_bf16() -> None:
     """The interpreter keeps bf16 as bit patterns, multiplies these in dot, and truncates where hardware rounds.
 
-    Any other arithmetic on them would be just as wrong (triton-lang/triton#11584), so it raises.
+    All other arithmetic on bit patterns would be wrong as well (triton-lang/triton#11584), so it raises.
     """
     cast_impl, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -119,7 +119,7 @@ def _repair_bf16() -> None:
 
 
 class SanitizerError(AssertionError):
-    """A launch touched memory it was not given, or wrote an element of an output not exactly once."""
+    """A launch touched memory it was not given, or wrote an element of an output twice or never."""
 
 
 @dataclass
@@ -132,13 +132,13 @@ class Launch:
 
 @dataclass
 class Sanitizer:
-    """Record of a ``sanitized()`` scope, so that a test can see that launches were in fact watched."""
+    """The launches that a ``sanitized()`` scope watched, so that a test can see that there were some."""
 
     launches: list[Launch] = field(default_factory=list)
 
 
 def _element_addresses(tensor: torch.Tensor) -> np.ndarray:
-    """The address of every element, sorted, each once: the gaps between rows of a view are not among them."""
+    """The address of every element, sorted, each once, without the gaps between the rows of a view."""
     addresses = np.zeros((1,) * max(tensor.dim(), 1), np.int64)
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         shape = [1] * tensor.dim()
@@ -148,7 +148,7 @@ def _element_addresses(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _sorted(addresses: np.ndarray) -> np.ndarray:
-    """Like ``np.unique``, which hashes and so is slow where most are in order and there once."""
+    """``np.unique`` for addresses that are mostly in order and different, for which hashing is slow."""
     addresses = np.sort(addresses, kind="stable")
     return addresses[np.diff(addresses, prepend=addresses[:1] - np.uint64(1)) != 0]
 
@@ -287,8 +287,8 @@ def _watched_launches(current: list[_Memory], record: Sanitizer) -> dict[str, Ca
 def sanitized() -> Iterator[Sanitizer]:
     """Watch every launch: lanes must stay inside the tensors passed in, and outputs be written exactly once.
 
-    A tensor's elements are those its shape and strides name; row padding counts as outside. Raises ``SanitizerError``
-    from the launch that is at fault.
+    A tensor's elements are those that its shape and strides reach; the padding between its rows is outside. Raises
+    ``SanitizerError`` from the launch that is at fault.
     """
     record = Sanitizer()
     current: list[_Memory] = []

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of every supported family, with weights that are not those of a fresh model."""
+"""Tiny Hugging Face models of every supported family, whose weights and biases are not those of a fresh model."""
 
 from collections.abc import Iterator
 
@@ -60,7 +60,7 @@ def make(kind: type[PreTrainedModel] = BertModel, **changes: object) -> PreTrain
 
 @torch.no_grad()
 def drawn(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with other weights than a fresh one's, biases among them."""
+    """Scale a fresh model's weights, give it biases that are not zero, and return it."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter) * 0.2)

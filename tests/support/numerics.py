@@ -65,7 +65,7 @@ Function = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 class Errors:
     """Largest and RMS error of a tensor, as multiples of u times the RMS of the exact one.
 
-    ``share``: of the promised error, at the worst element (out, d_preact) or as RMS (other gradients).
+    ``share``: how much of the promised error is used, at the worst element (out, d_preact) or as RMS (other gradients).
     """
 
     max: float

@@ -1,4 +1,4 @@
-"""What the library promises (docs: "Numbers we promise"), as bounds, references and inputs for every test file.
+"""The promises of docs/design/error.md as bounds, and references and inputs for every test file.
 
 The reference is fp64 arithmetic on the same rounded inputs. It shares no code with the library: erf GELU comes from
 erfc, and derivatives from closed forms.
@@ -15,7 +15,7 @@ from bert_fused.reference import ACTIVATIONS as ACTIVATIONS
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REGIMES = ("unit", "trained", "integers")
 
-# Half the distance of neighbouring numbers, relative; fp32 results are given 8 of these.
+# Half the relative distance of neighbouring numbers; fp32 results may be off by 8 of these.
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 8 * 2.0**-24}
 # Near zero fp16 is spaced 2^-24 apart. In fp32 an exponential built from exp2 adds an absolute error.
 FP16_FLOOR = 6e-8
@@ -107,7 +107,7 @@ def linear64(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def magnitude(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-    """a, the largest sum of ``|x||w| + |b|`` over the outputs: what accumulation errors are relative to."""
+    """a, the largest sum of ``|x||w| + |b|`` over the outputs; accumulation errors are relative to it."""
     sums = linear64(x.abs(), weight.abs(), None if bias is None else bias.abs())
     return sums.max().item() if sums.numel() else 0.0
 
@@ -136,7 +136,7 @@ def forward_bound(ref: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a
 def grad_bound(ref: Tensor, d_out: Tensor, activation: str) -> Tensor:
     """Elementwise error of ``d_out`` times the derivative: one rounding, and the derivative's own error times d_out."""
     dtype = d_out.dtype
-    # 16 bits round away what the other activations' fp32 formulas lack.
+    # In 16 bits rounding hides the errors of the other activations' fp32 formulas.
     floors = FP32_GRAD_FLOOR if dtype == torch.float32 else {"gelu": GELU_GRAD_FLOOR}
     floor = floors.get(activation, 0.0)
     smallest = FP16_FLOOR if dtype == torch.float16 else UNDERFLOW
@@ -144,7 +144,7 @@ def grad_bound(ref: Tensor, d_out: Tensor, activation: str) -> Tensor:
 
 
 def rms(values: Tensor) -> float:
-    """Root of the mean square; 0 for nothing."""
+    """Root of the mean square; 0 for a tensor without elements."""
     return values.double().square().mean().sqrt().item() if values.numel() else 0.0
 
 
@@ -186,7 +186,7 @@ def assert_no_worse_than_eager(
 ) -> None:
     """Maximum and RMS error against ``ref`` are at most ``ratio`` times those of eager PyTorch.
 
-    accumulation: what the maximum may exceed that by, where sums are added up in another order than eager's.
+    accumulation: how much more the maximum may be, since eager adds up in another order.
     """
     norms = (("max", lambda e: e.abs().max().item() if e.numel() else 0.0, accumulation), ("rms", rms, 0.0))
     for name, norm, allowed in norms:
@@ -255,7 +255,7 @@ LAYOUTS = ("contiguous", "row_slice", "column_slice", "transposed", "expanded", 
 def with_layout(matrix: Tensor, layout: str, around: float = math.nan) -> Tensor:
     """A view with the values of ``matrix`` (its first row throughout for "expanded") and other strides or offset.
 
-    around: what lies around the view.
+    around: the value of the memory around the view.
     """
     rows, columns = matrix.shape
     match layout:

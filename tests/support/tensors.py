@@ -1,4 +1,4 @@
-"""Small inputs of ``linear_act``, and what a call keeps of them."""
+"""Small inputs of ``linear_act``, and the memory that a call keeps for its backward pass."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def tensors(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False)
 
 
 def saved_bytes(function: Callable[[], Tensor]) -> tuple[Tensor, dict[tuple[int, ...], int]]:
-    """The result, and what is kept for the backward pass: shape -> bytes, each storage once."""
+    """Return a call's result and the tensors kept for its backward pass: shape -> bytes, each storage once."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _watch(item: pytest.Item) -> None:
-    """From now on there are ``SECONDS``. A thread in C keeps the time: a hang may hold Python's lock."""
+    """End this process in ``SECONDS`` from now. A thread in C keeps the time: a hang may hold Python's lock."""
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=item.config.stash[_stderr])
 
 

@@ -49,7 +49,7 @@ def test_the_widest_tile_is_stored_in_two_slices_on_hopper_alone() -> None:
         assert {config.subtiles for config in wide} == ({1, 2} if arch == 90 else {1})
 
 
-def test_library_alone_where_no_kernel_serves() -> None:
+def test_cublas_is_the_only_candidate_where_no_kernel_serves() -> None:
     assert candidates(512, 3072, 768, "float32", 90) == [Config("library", "float32")]
     assert candidates(512, 3072, 0, "bfloat16", 90) == [Config("library", "bfloat16")]
 
@@ -70,7 +70,7 @@ def test_persistent_blocks_are_offered_where_they_can_pay() -> None:
         assert not config.persistent or config.persistent <= resident_blocks(config, 90), config
 
 
-def test_the_model_ranks_as_its_parts_say() -> None:
+def test_the_cycle_model_ranks_rows_epilogues_and_empty_tiles() -> None:
     """More rows, more time; an exposed epilogue costs; a mostly empty tile wastes."""
     tile = Config("tma", "bfloat16", 128, 128, 64, 4, 3)
 

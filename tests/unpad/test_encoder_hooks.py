@@ -31,7 +31,7 @@ HOOKED = (
 
 @pytest.mark.parametrize("where", HOOKED)
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_hooks_inside_see_what_they_always_saw(where, kind) -> None:
+def test_hooks_inside_an_encoder_see_the_shapes_of_the_unfused_one(where, kind) -> None:
     ours, theirs = pair()
     seen = {}
     handles = []
