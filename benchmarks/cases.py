@@ -24,8 +24,8 @@ MODEL_SHAPES += ((32, 512, False),)
 TRITONBENCH = tuple((8192, 4 * K, K) for K in (1024, 2048, 4096, 8192))
 
 
-# Lengths of a ragged batch are log-normal and cut off at the longest. The medians give fills of about 0.5, 0.2 and 0.9;
-# the last one cuts off every length, so that the mask keeps every token.
+# Lengths of a ragged batch are log-normal and cut off at the longest. The medians give fills of about 0.5, 0.2 and 0.9.
+# With the last one every length is cut off, so that the mask keeps every token.
 RAGGED_MEDIAN, OTHER_MEDIANS, CUT_OFF = 0.35, (0.15, 1.8), 100.0
 
 
@@ -101,7 +101,7 @@ def _on_gpu() -> Iterator[Case]:
         yield _pooler(model, 32)
     for model in NAMES:
         yield _model(model, 32, 128)
-    # One of each kind before a second of any: eight minutes may end among these.
+    # One case of each kind comes before a second of any, since a budget of eight minutes may end here.
     yield _module("BERT-base", 8192, suite="training")
     yield _model("BERT-base", 32, 128, ragged=True)
     yield dataclasses.replace(_model("MiniLM", 32, 512, ragged=True), head=True)  # as a cross-encoder reranks
@@ -125,7 +125,7 @@ def _on_gpu() -> Iterator[Case]:
         yield Case("modules", "tritonbench", "bfloat16", "gelu", M, N, K)
     for dtype, shape, model in product(("float16",), MODEL_SHAPES, NAMES):
         yield _model(model, *shape, dtype=dtype)
-    # From here on whatever time is left: every dtype and activation, in both directions.
+    # The rest fills whatever time is left: every dtype, GELU, tanh GELU and ReLU, in both directions.
     rows = HEADLINE_ROWS + OTHER_ROWS
     for suite, dtype, activation, M, model in product(
         ("modules", "training"), ("bfloat16", "float16", "tf32", "float32"), ("gelu", "gelu_tanh", "relu"), rows, NAMES
@@ -133,7 +133,7 @@ def _on_gpu() -> Iterator[Case]:
         yield _module(model, M, dtype, activation, suite)
     for dtype, sequence, batch, model in product(("float16", "tf32", "float32"), (128, 512), BATCHES, NAMES):
         yield _pooler(model, batch, sequence, dtype)
-    # Minutes each, so that nothing may wait for them: --rivals max-autotune measures them alone.
+    # Each takes minutes, so these come last: --rivals max-autotune measures them alone.
     costly = [_module(model, 8192) for model in NAMES] + [_module("BERT-base", 512), _pooler("BERT-base", 32)]
     for case in (*costly, _model("BERT-base", 32, 128)):
         yield dataclasses.replace(case, rivals="max-autotune")

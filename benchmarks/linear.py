@@ -42,7 +42,7 @@ def problem(case: Case, device: str) -> Problem:
 
 
 def min_calls(device: str) -> int:
-    """Return few calls a sample for a CPU: a sample within a time slice is spoiled by another process or not at all."""
+    """Return the fewest calls in a sample. Few on a CPU: most samples then fit between the turns of other processes."""
     return MIN_CALLS if device == "cuda" else 4
 
 
@@ -120,7 +120,7 @@ def _choice(case: Case, device: str) -> str:
     reason = device_reason(torch.device(device), torch_dtype(case))
     if reason is not None:
         return f"PyTorch ({reason})"
-    # It imports Triton, which a rehearsal on a CPU can do without.
+    # Imported here, since they import Triton, which a rehearsal on a CPU can do without.
     from bert_fused.kernels.runtime import arch_of, name_of
 
     where = torch.device(device)

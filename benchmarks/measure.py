@@ -35,8 +35,8 @@ class Implementation:
 
     calls: given sets of inputs, returns one call for each set. config: the kernel that serves, if known. computes: the
     activation that it applies instead of the case's. graphs: it replays CUDA graphs of its own, so that its calls
-    cannot be captured in another. packs: it leaves padding out, which an encoder cannot do while a graph is captured: a
-    graph of it would hold the dense path.
+    cannot be captured in another. packs: it leaves padding out. An encoder cannot do that while a graph is captured, so
+    a graph would hold the dense path.
     """
 
     name: str
@@ -107,7 +107,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Check and time the rivals, and return a row for each; a rival that fails has an error and no figure.
 
-    ``state`` reads the device's state: before all, and after each clock's rounds while the device is warm.
+    ``state`` reads the device's state: once before all, and after each clock's rounds, while the device is warm.
     """
     states = {"before": state()}
     synchronize: Call = torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -18,7 +18,7 @@ from bert_fused.unpad.encoder import REQUEST, Request
 
 LAYERS_AND_HEADS = {"BERT-base": (12, 12), "BERT-large": (24, 16), "MiniLM": (6, 12)}
 SETS = 4
-# Of the logarithm of a ragged batch's lengths.
+# The standard deviation of the logarithm of a ragged batch's lengths.
 RAGGED_SIGMA = 0.7
 
 # The rounding errors of a whole model are chaotic: one element may be worse than eager's, their RMS may not.
@@ -80,7 +80,7 @@ def fused_copy(model: nn.Module, **options: Any) -> nn.Module:
 
 
 Builders = dict[str, Callable[[nn.Module], Runner]]
-# Each makes an implementation from a model. The ratio of "eager" and "eager again" is the noise floor.
+# Each function makes a runner of a model. The ratio of "eager" and "eager again" is the noise floor.
 BUILDERS: Builders = {
     "ours": ours,
     "ours unpadded": lambda model: Outputs(fused_copy(model, unpad=True)),
@@ -96,7 +96,7 @@ CLASSIFIERS: Builders = {
     "eager": Logits,
     "eager again": Logits,
 }
-# The implementations in both that leave padding out.
+# The names in both dictionaries whose implementations leave padding out.
 PACKED = ("ours unpadded", "ours unpadded, position 0 only")
 # Only on a GPU.
 COMPILED: Builders = {

@@ -149,7 +149,7 @@ def _failures(section: list[Group]) -> Iterator[str]:
             if record["error"] or not record["complete"]:
                 yield f"No figure for {name}, {_shape(group)}: {record['error'] or 'time ran out before all rounds'}"
             elif (times(record) or {}).get("method") == "events":
-                yield f"{name} was timed with events, since a graph of ours cannot hold what it does."
+                yield f"{name} was timed with events, since its calls cannot be captured in a graph of ours."
 
 
 def compare(old: list[Group], new: list[Group]) -> str:

@@ -24,7 +24,7 @@ from bert_fused.tune.search import fp32_products
 
 
 def first_guess(case: Case, device: str) -> float:
-    """Return the seconds a case may take before one of its kind was timed; most of them compile something."""
+    """Guess a case's seconds, most of which go into compiling, until a case of its kind has been timed."""
     if device == "cpu":
         return 1.0
     if case.suite == "models":

@@ -25,7 +25,8 @@ __all__ = [
     "verify",
 ]
 
-# What needs transformers, which importing bert_fused must not, and the module of ``hf`` that has it.
+# The names that need transformers, each with the module of ``hf`` that defines it. Importing bert_fused must not need
+# transformers.
 _LAZY = {
     "FuseReport": "fuse",
     "FusedBertIntermediate": "modules",

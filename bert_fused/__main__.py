@@ -1,7 +1,7 @@
 """Fused Triton kernels for BERT encoders: exact GELU, gradients, one line to put them into a Hugging Face model.
 
 In Python: bert_fused.fuse(model), print the report it returns, and bert_fused.unfuse(model) to undo it.
-Exit codes: 0 all is well, 1 results differ or nothing could be measured, 2 a command cannot start.
+Exit codes: 0 success, 1 results differ or nothing could be measured, 2 a command cannot start.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print(f"{arguments.command}: out of memory on the device; --help says what makes less of it", file=sys.stderr)
+        print(f"{arguments.command}: out of memory on the device; --help lists options that need less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

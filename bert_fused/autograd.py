@@ -23,12 +23,12 @@ Outputs = tuple[Tensor, Tensor | None]  # out and preact
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool) -> Outputs:
-    """x ``[..., K]`` to ``(out, preact)`` by a kernel, in no graph; preact is None unless it is saved."""
+    """Return ``(out, preact)`` for x ``[..., K]``, by a kernel, in no graph; preact is None unless saved."""
     return forward.linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    """Raise TypeError or ValueError for arguments of ``linear_act`` that do not fit, dtypes aside."""
+    """Raise TypeError or ValueError for arguments of ``linear_act`` that do not fit, without comparing dtypes."""
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -51,6 +51,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
 
 
 def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise TypeError unless x, weight and bias have one dtype."""
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         dtypes = f"x {x.dtype}, weight {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
         raise TypeError(f"x, weight and bias must have one dtype, got {dtypes}")
@@ -69,10 +70,10 @@ operator = torch.ops.bert_fused.linear_act_fwd
 def _linear_act_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
 ) -> tuple[Tensor, Tensor]:
-    """x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; ``(out, preact)``, with an empty preact unless it is saved."""
+    """Return ``(out, preact)`` for x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; preact is empty unless saved."""
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K], got shape {tuple(x.shape)}")
-    # An eager call with the same plan is not checked again.
+    # Later eager calls use the plan made here and are not checked again.
     check(x, weight, bias, activation)
     check_dtypes(x, weight, bias)
     if device_reason(x.device, x.dtype) is None:
@@ -86,7 +87,7 @@ def _linear_act_fwd(
 
 
 def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """d_out and saved ``[M, N]``; ``(d_preact, d_bias)``, with an empty d_bias unless it is asked for."""
+    """Return ``(d_preact, d_bias)`` for d_out and saved ``[M, N]``; d_bias is empty unless ``bias_grad``."""
     if d_out.shape != saved.shape:
         raise ValueError(f"d_out {tuple(d_out.shape)} and saved {tuple(saved.shape)} differ in shape")
     if device_reason(saved.device, saved.dtype) is None:
@@ -138,9 +139,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, d_out: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias, and None for the two arguments after them.
+    """Return the gradients of x, weight and bias, and None for the two arguments after them.
 
-    d_others: the gradient of the pre-activation, where that is an output; None but in a double backward.
+    d_others: if the pre-activation is an output, its gradient, which is None except in a double backward.
     """
     x, weight, bias, saved = ctx.saved_tensors
     x_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
@@ -149,10 +150,10 @@ def _backward(ctx: Any, d_out: Tensor | None, *d_others: Tensor | None) -> tuple
     leading = next((t.shape[:-1] for t in (d_out, d_preact_direct) if t is not None), ())
     d_out, d_preact_direct, x, saved = _rows(d_out), _rows(d_preact_direct), _rows(x), _rows(saved)
     if activation in NEEDS_PREACT and saved is None:
-        # By the kernel of the forward, so that it has the bits that would have been saved.
+        # The forward's kernel computes it again, so that it has the bits that would have been saved.
         saved = operator(x, weight, bias, "none", False)[0]
     elif activation in NEEDS_PREACT and not d_others and torch.is_grad_enabled():
-        # The saved value, with the derivative of where it came from.
+        # Keep the saved value, and give it the derivative of the product that it came from.
         origin = operator(x, weight, ctx.bias, "none", False)[0]
         saved = saved + (origin - origin.detach())
     d_bias: Tensor | None = None
@@ -174,7 +175,7 @@ def _backward(ctx: Any, d_out: Tensor | None, *d_others: Tensor | None) -> tuple
 
 
 def _rows(tensor: Any) -> Any:
-    """``[..., N]`` as ``[M, N]``: the tensors of an eager call have the caller's dimensions."""
+    """Return a tensor ``[..., N]`` as ``[M, N]``: in an eager call tensors have the caller's dimensions."""
     if tensor is None or tensor.dim() == 2:
         return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # -1 is ambiguous where there is no element
@@ -184,10 +185,11 @@ torch.library.register_autograd("bert_fused::linear_act_fwd", _backward, setup_c
 
 
 class _Record(torch.autograd.Function):
-    """``(x, weight, bias, activation, (out, preact))`` to a tuple that begins with out and its graph.
+    """Record a launched call, ``(x, weight, bias, activation, (out, preact))``, in the graph.
 
-    x has any number of dimensions. This is a third of a call's time. A kept call and a new one save the same, since
-    checkpointing compares what forward and recomputation save.
+    Returns a tuple that begins with out, which is then in the graph. x has any number of dimensions. This is a third of
+    a call's time. A call with a plan saves the same tensors as one without, since checkpointing compares what forward
+    and recomputation save.
     """
 
     @staticmethod
@@ -212,5 +214,5 @@ class _Record(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# What ``apply`` comes to where no functorch transform is active: half of its time goes into asking.
+# ``apply`` without its check for functorch transforms, which takes half of its time: callers know that none is active.
 record = cast(Callable[..., tuple[Tensor, ...]], super(torch.autograd.Function, _Record).apply)

@@ -1,4 +1,4 @@
-"""Which path serves a call: a Triton kernel, or plain PyTorch and the reason."""
+"""Decide which path serves a call: a Triton kernel, or plain PyTorch and the reason for it."""
 
 import functools
 import importlib.util
@@ -41,13 +41,13 @@ def _gpu_reason(device: torch.device) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when Triton was imported)."""
+    """Return whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when Triton was imported)."""
     return HAS_TRITON and runtime.INTERPRETED
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype take the PyTorch path, or None if a kernel serves them."""
+    """Return why tensors of this device and dtype take the PyTorch path, or None if a kernel serves them."""
     if _environment.get(_SWITCH) not in _NOT_SET:
         return "BERT_FUSED_DISABLE is set"
     if dtype not in KERNEL_DTYPES:
@@ -62,7 +62,7 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def tensor_reason(tensor: Tensor) -> str | None:
-    """Why a kernel cannot read a tensor as a plain block of numbers, or None."""
+    """Return why a kernel cannot read a tensor as a plain block of numbers, or None."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"{type(tensor).__name__} is a tensor subclass"
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -83,12 +83,12 @@ def _tracer_reason() -> str | None:
 
 
 def forward_ad_is_active() -> bool:
-    """Whether forward-mode automatic differentiation is on; kernels have no rule for it."""
+    """Return whether forward-mode automatic differentiation is on; kernels have no rule for it."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def mode_reason() -> str | None:
-    """Why PyTorch must see the operations of this call, and would not see a raw launch; None if it need not."""
+    """Return why PyTorch must see this call's operations, which a raw launch would hide; None if it need not."""
     reason = _tracer_reason()
     if reason is not None:
         return cast(str, reason)
@@ -104,7 +104,7 @@ def mode_reason() -> str | None:
 
 
 def reading_reason(tensor: Tensor) -> str | None:
-    """Why a tensor's values cannot be read in this call, or must not decide what is computed; else None."""
+    """Return why this call cannot read a tensor's values, or must not let them decide what it computes, or None."""
     reason = _tracer_reason()
     if reason is not None:
         return cast(str, reason)
@@ -120,10 +120,10 @@ def reading_reason(tensor: Tensor) -> str | None:
 
 
 def is_plain(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether there are kernels, and no subclass, mode, transform, tracing, autocast or negated tensor is involved.
+    """Return whether there are kernels, and no subclass, mode, transform, tracing, autocast or negated tensor.
 
     Assumes that torch.compile and torch.export are not tracing. These are the checks of ``linear_act`` that do not
-    depend on dtype, device or shape, in the fewest steps. ``kernels/plan.py`` tells lazily zero tensors apart.
+    depend on dtype, device or shape, in the fewest steps. The plan's key tells lazily zero tensors apart.
     """
     return (
         HAS_TRITON
@@ -142,12 +142,12 @@ def is_plain(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def fallback_reason(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why this call takes the PyTorch path, or None if a kernel serves it."""
+    """Return why this call takes the PyTorch path, or None if a kernel serves it."""
     reason = mode_reason() or device_reason(x.device, x.dtype) or tensor_reason(x) or tensor_reason(weight)
     return reason or (tensor_reason(bias) if bias is not None else None)
 
 
 @functools.cache
 def log_once(reason: str) -> None:
-    """Warn once for each reason that an NVIDIA GPU runs the PyTorch path."""
+    """Warn, once for each reason, that a call on an NVIDIA GPU takes the PyTorch path."""
     logger.warning("using PyTorch instead of a fused kernel: %s", reason)

@@ -1,4 +1,4 @@
-"""``linear_act`` and ``cls_pool``: checks, and the choice of path."""
+"""``linear_act`` and ``cls_pool``: check the arguments, and choose the path."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def linear_act(
     *,
     recompute_preact: bool = False,
 ) -> Tensor:
-    """``act(x @ weight.T + bias)``, differentiable, in one kernel launch where a kernel serves.
+    """Return ``act(x @ weight.T + bias)``, differentiable, in one kernel launch where a kernel serves.
 
     Args:
         x: ``[..., K]``, any strides. fp16, bf16 and fp32 have kernels; other floating dtypes take the PyTorch path.
@@ -39,8 +39,8 @@ def linear_act(
         ``[..., N]``, of x's dtype, or of autocast's where autocast is on.
 
     Raises:
-        TypeError: an argument that is not a tensor, is not floating point, or whose dtype differs from the others'.
-        ValueError: shapes or devices that do not fit, or an unknown activation.
+        TypeError: an argument is not a tensor or not floating point, or its dtype differs from the others'.
+        ValueError: shapes or devices do not fit, or the activation is unknown.
     """
     if not torch.compiler.is_dynamo_compiling() and is_plain(x, weight, bias):
         needs_grad = _is_grad_enabled() and (
@@ -62,7 +62,7 @@ def cls_pool(
     *,
     recompute_preact: bool = False,
 ) -> Tensor:
-    """``act(hidden_states[:, 0] @ weight.T + bias)``: BERT's pooler. The first row of each sequence is read in place.
+    """Return ``act(hidden_states[:, 0] @ weight.T + bias)``, BERT's pooler; reads each sequence's first row in place.
 
     Args:
         hidden_states: ``[B, S, K]``, S at least 1.
@@ -82,9 +82,9 @@ def cls_pool(
 
 
 def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool) -> Tensor:
-    """``linear_act`` of a call that no plan serves: check it, cast it, and take the path that can serve it."""
+    """Serve a call of ``linear_act`` that has no plan: check it, cast it, and take the path that can serve it."""
     if isinstance(x, Tensor) and x.is_nested:
-        return reference.linear_act(x, weight, bias, activation)  # has no shape that could be checked
+        return reference.linear_act(x, weight, bias, activation)  # a nested tensor has no shape to check
     check(x, weight, bias, activation)
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for

@@ -1,4 +1,4 @@
-"""``act(x @ W.T + b)`` in plain PyTorch: truth of the tests, baseline of the benchmarks, path where Triton cannot go.
+"""``act(x @ W.T + b)`` in plain PyTorch: the tests' truth, the benchmarks' baseline, and the path without a kernel.
 
 Every function is made of differentiable torch operations.
 """
@@ -15,7 +15,7 @@ NEEDS_PREACT = frozenset(ACTIVATIONS) - {*GRAD_FROM_OUTPUT, "none"}
 
 
 def act(z: Tensor, activation: str) -> Tensor:
-    """The activation named ``activation``, one of ``ACTIVATIONS``, of a tensor of any shape."""
+    """Return the activation named ``activation``, one of ``ACTIVATIONS``, of a tensor of any shape."""
     match activation:
         case "gelu":
             return F.gelu(z)
@@ -35,7 +35,7 @@ def act(z: Tensor, activation: str) -> Tensor:
 
 
 def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
-    """``d_out`` times the activation's derivative; differentiable in both arguments.
+    """Return ``d_out`` times the activation's derivative; differentiable in both arguments.
 
     ``saved`` is the output for the activations in ``GRAD_FROM_OUTPUT``, unused for "none", else the pre-activation.
     """
@@ -65,14 +65,14 @@ def act_grad(d_out: Tensor, saved: Tensor | None, activation: str) -> Tensor:
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` or None; returns ``[..., N]``."""
+    """Return ``[..., N]`` for x ``[..., K]``, weight ``[N, K]`` and bias ``[N]`` or None."""
     return act(F.linear(x, weight, bias), activation)
 
 
 def error_bound(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, exact: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The largest error we promise for each element of ``exact``, the result in fp64 of the same rounded inputs.
+    """Return the largest error we promise for each element of ``exact``, the result in fp64 of the same rounded inputs.
 
     One rounding to ``dtype``, plus fp32 accumulation over K terms: (1 + 2^-6) u |exact| + 2^-23 (1 + K / 16) a, with a
     the largest sum of |x| |w| + |b| over all outputs. Where it comes from: docs/design/error.md.
@@ -82,12 +82,12 @@ def error_bound(
         largest = largest + bias.double().abs()
     a = largest.max() if largest.numel() else 0.0
     unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 8 * 2.0**-24}[dtype]
-    absolute = 6e-8 if dtype == torch.float16 else 0.0  # half the distance of the smallest fp16 numbers, and a little
+    absolute = 6e-8 if dtype == torch.float16 else 0.0  # the distance between the smallest fp16 numbers, and a little
     if dtype == torch.float32 and activation in ("gelu_tanh", "silu", "quick_gelu", "tanh"):
         absolute = 3e-7  # these are built from exp2, which the GPU approximates
     return (1 + 2**-6) * unit * exact.abs() + 2**-23 * (1 + x.shape[-1] / 16) * a + absolute
 
 
 def rms_error(result: Tensor, exact: Tensor) -> float:
-    """Root of the mean squared difference, computed in fp64."""
+    """Return the root of the mean squared difference, computed in fp64."""
     return (result.double() - exact.double()).square().mean().sqrt().item()

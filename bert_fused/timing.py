@@ -1,4 +1,4 @@
-"""Interleaved timing of rival implementations, and the statistics of what it yields.
+"""Time rival implementations in turns, and summarize the samples.
 
 Two clocks, in microseconds per call. GPU: replays of a CUDA graph of many calls over rotating buffers, so that neither
 launches nor warm caches are timed. Wall: calls made from Python one after another, synchronised at the end. Rivals take
@@ -21,7 +21,7 @@ Sampler = Callable[[], float]  # takes one sample: microseconds per call
 
 MIN_CALLS = 20
 MAX_BUFFERS = 384
-# Clock cycles that the GPU sleeps while the host enqueues calls: about 1 ms, and 60 ms, at 2 GHz.
+# Clock cycles that the GPU sleeps while the host enqueues calls, at first and at most: about 1 and 60 ms at 2 GHz.
 FIRST_SLEEP, LAST_SLEEP = 2**21, 2**27
 
 
@@ -47,9 +47,9 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def ratio(baseline: Sequence[float], samples: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:
-    """Median of the per-round ratios. Both sequences hold one sample of each round, in the order of the rounds.
+    """Return the median of the per-round ratios and its interval, a percentile bootstrap over rounds.
 
-    The interval is a percentile bootstrap over rounds.
+    Both sequences hold one sample of each round, in the order of the rounds.
     """
     ratios = torch.tensor(baseline, dtype=torch.float64) / torch.tensor(samples, dtype=torch.float64)
     picks = torch.randint(len(ratios), (resamples, len(ratios)), generator=torch.Generator().manual_seed(seed))
@@ -63,20 +63,20 @@ def _levels(*levels: float) -> torch.Tensor:
 
 
 def buffer_count(bytes_read: int, cache_bytes: int) -> int:
-    """How many sets of buffers to rotate so that a set has left a cache of ``cache_bytes`` before its next turn."""
+    """Return how many sets of buffers to rotate so that each has left a cache of this size before its next turn."""
     return min(MAX_BUFFERS, max(4, math.ceil(2 * cache_bytes / bytes_read)))
 
 
 def repeated(calls: Sequence[Call], minimum: int = MIN_CALLS) -> list[Call]:
-    """The calls, each as often as the others, so often that there are at least ``minimum``."""
+    """Return the list of calls repeated as a whole until it has at least ``minimum`` calls."""
     return list(calls) * math.ceil(minimum / len(calls))
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """The calls in one CUDA graph. Whatever compiles must have compiled before.
+    """Return one CUDA graph of the calls, which must have compiled before.
 
-    Raises what a call raises that cannot be captured. Allocator, stream and random numbers are then as before,
-    while ``torch.cuda.graph`` alone leaves them in the middle of a capture (torch 2.11).
+    If a call cannot be captured, raises its error, and restores allocator, stream and random numbers, which
+    ``torch.cuda.graph`` alone leaves in the middle of a capture (torch 2.11).
     """
     stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
@@ -91,10 +91,10 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
                 call()
     except BaseException:
         torch.cuda.set_stream(before)
-        with contextlib.suppress(RuntimeError):  # where the capture did end, as after running out of memory
+        with contextlib.suppress(RuntimeError):  # raised if the capture did end, as after running out of memory
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-        # Only the end of a capture that succeeds takes the default generator out of it. A broken GPU cannot capture.
+        # The default generator leaves a capture only when one succeeds, so make one. A broken GPU cannot capture.
         with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device="cuda")
         raise
@@ -102,7 +102,7 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def graph_sampler(calls: Sequence[Call]) -> Sampler:
-    """Each sample replays a CUDA graph of the calls."""
+    """Return a sampler that replays a CUDA graph of the calls."""
     graph = capture(calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -119,10 +119,11 @@ def graph_sampler(calls: Sequence[Call]) -> Sampler:
 
 
 def event_sampler(calls: Sequence[Call]) -> Sampler:
-    """For calls that cannot be captured, since they replay graphs of their own or synchronise.
+    """Return a sampler for calls that cannot be captured, since they replay graphs of their own or synchronise.
 
-    The GPU sleeps while the host enqueues them, for longer if it was found awake too early. What synchronises wakes it
-    however long it sleeps: then the host is part of the sample.
+    The GPU sleeps while the host enqueues the calls. If it was awake before the host had enqueued all, the sample is
+    taken again with a longer sleep, up to ``LAST_SLEEP``. A call that synchronises waits for the GPU to wake, however
+    long it sleeps: then the sample contains time of the host.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = FIRST_SLEEP
@@ -145,6 +146,8 @@ def event_sampler(calls: Sequence[Call]) -> Sampler:
 
 
 def wall_sampler(calls: Sequence[Call], synchronize: Call) -> Sampler:
+    """Return a sampler of wall time that synchronises before and after the calls."""
+
     def sample() -> float:
         synchronize()
         start = time.perf_counter()
@@ -159,9 +162,9 @@ def wall_sampler(calls: Sequence[Call], synchronize: Call) -> Sampler:
 def interleave(
     samplers: Mapping[str, Sampler], *, rounds: int, seed: int = 0, deadline: float = math.inf
 ) -> dict[str, list[float]]:
-    """One sample of each implementation per round, in shuffled order, after one unrecorded round.
+    """Take one sample of each implementation per round, in shuffled order, after one unrecorded round.
 
-    No round starts after ``deadline``, a value of ``time.monotonic()``; every list has one length, which may be 0.
+    No round starts after ``deadline``, a value of ``time.monotonic()``. All lists have the same length, which may be 0.
     """
     order = list(samplers)
     shuffle = random.Random(seed).shuffle

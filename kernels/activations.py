@@ -1,9 +1,9 @@
 """Activations and their derivatives, as Triton device functions on fp32 values.
 
-Every function takes an fp32 block and returns one. ``DTYPE`` is the dtype the result is rounded to: GELU uses it to
-choose how exact it must be, since more digits than the output keeps would only cost time.
+Every function takes an fp32 block and returns one. ``DTYPE`` is the dtype to which the caller rounds the result: GELU
+chooses its formula by it, since more digits than that dtype keeps would only cost time.
 
-Only operations that Triton's interpreter also runs are used (no libdevice, no inline assembly).
+The functions use only operations that Triton's interpreter also runs (no libdevice, no inline assembly).
 """
 
 import triton
@@ -19,7 +19,7 @@ def _exp(z):
 
 @triton.jit
 def _sigmoid_and_slope(z):
-    """sigmoid(z) and its derivative; as s * (1 - s) the derivative would cancel for large z."""
+    """Return s = sigmoid(z) and its derivative, which would cancel for large z if computed as s * (1 - s)."""
     e = _exp(-tl.abs(z))
     r = 1.0 / (1.0 + e)
     return tl.where(z < 0.0, e * r, r), e * r * r
@@ -27,19 +27,19 @@ def _sigmoid_and_slope(z):
 
 @triton.jit
 def _clamped_abs(z):
-    # Past 16 every factor these bounds guard is 0 or 1 in fp32; without the clamp an infinity would meet a zero.
+    # Past 16 the factors that callers compute from this round to 0 or 1; without the clamp infinity would meet zero.
     return tl.minimum(tl.abs(z), 16.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def gelu(z, DTYPE: tl.constexpr):
-    """z * Phi(z), Phi the normal distribution function: erf GELU, ``torch.nn.functional.gelu(approximate="none")``.
+    """Return z * Phi(z), Phi the normal distribution function: erf GELU, torch's ``gelu(approximate="none")``.
 
     fp32 evaluates erf. fp16 and bf16 use z * Phi(z) = max(z, 0) - t * 2^p(t), t = |z|, with p a minimax polynomial of
     log2(Phi(-t)): one exponential, a third of erf's instructions, and no cancellation in the negative tail.
-    Maximum absolute error 1.3e-7 (fp16, degree 6) and 1.9e-6 (bf16, degree 5). Past t = 14 degree 6 grows again, up to
-    p(16) = -82, which fp16 still rounds to 0. gelu(inf) = inf; in 16 bits gelu(-inf) = -0, its limit, and in fp32 NaN,
-    as in torch.
+    Maximum absolute error 1.3e-7 (fp16, degree 6) and 1.9e-6 (bf16, degree 5). Past t = 14 the polynomial of degree 6
+    grows again, up to p(16) = -82, which fp16 still rounds to 0. gelu(inf) = inf; in 16 bits gelu(-inf) = -0, its
+    limit, and in fp32 NaN, as in torch.
     """
     if DTYPE == tl.float32:
         return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
@@ -64,7 +64,7 @@ def gelu(z, DTYPE: tl.constexpr):
 
 @triton.jit
 def gelu_grad(z, DTYPE: tl.constexpr):
-    """Phi(z) + z * phi(z).
+    """Return erf GELU's derivative, Phi(z) + z * phi(z).
 
     fp16 and bf16 use 1 - gelu'(t) = exp(-t^2 / 2) * r(t) for t = |z|, with r a minimax polynomial of degree 7
     (maximum absolute error 4.1e-6), and gelu'(-t) = 1 - gelu'(t).
@@ -87,9 +87,9 @@ def gelu_grad(z, DTYPE: tl.constexpr):
 
 @triton.jit
 def gelu_tanh(z):
-    """``torch.nn.functional.gelu(approximate="tanh")``."""
-    # 0.5 * (1 + tanh(u)) = 1 / (1 + 2^(-2u / ln 2)), u = sqrt(2 / pi) * (z + 0.044715 * z^3); the constants multiplied
-    # out save two instructions, and the spills of a 128x128 tile.
+    """Return tanh GELU, torch's ``gelu(approximate="tanh")``."""
+    # 0.5 * (1 + tanh(u)) = 1 / (1 + 2^(-2u / ln 2)), u = sqrt(2 / pi) * (z + 0.044715 * z^3); multiplying the
+    # constants out saves two instructions, and keeps a 128x128 tile from spilling.
     return z / (1.0 + tl.exp2(z * (-2.302208198144325 - 0.1029432395800235 * z * z)))
 
 
@@ -113,7 +113,7 @@ def silu_grad(z):
 
 @triton.jit
 def quick_gelu(z):
-    """z * sigmoid(1.702 * z), transformers' ``QuickGELUActivation``."""
+    """Return z * sigmoid(1.702 * z), transformers' ``QuickGELUActivation``."""
     return z / (1.0 + _exp(-1.702 * z))
 
 
@@ -125,7 +125,7 @@ def quick_gelu_grad(z):
 
 @triton.jit
 def tanh(z):
-    # Near zero the exponential form cancels, and a minimax polynomial (relative error 3e-9) takes over.
+    # Near zero the exponential form cancels, so a minimax polynomial (relative error 3e-9) takes over.
     t = _clamped_abs(z)
     far = 1.0 - 2.0 / (_exp(2.0 * t) + 1.0)
     s = z * z
@@ -135,7 +135,7 @@ def tanh(z):
 
 @triton.jit
 def apply_activation(z, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """The activation named ``ACTIVATION`` of pre-activation ``z``."""
+    """Return the activation named ``ACTIVATION`` of the pre-activation ``z``."""
     tl.static_assert(z.dtype == tl.float32)
     if ACTIVATION == "gelu":
         return gelu(z, DTYPE)
@@ -156,7 +156,7 @@ def apply_activation(z, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def apply_activation_grad(dy, saved, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """``dy`` times the derivative. ``saved`` is the output for relu and tanh, the pre-activation for the others."""
+    """Return ``dy`` times the activation's derivative. ``saved``: relu's or tanh's output, else the pre-activation."""
     if ACTIVATION == "gelu":
         return dy * gelu_grad(saved, DTYPE)
     elif ACTIVATION == "gelu_tanh":

@@ -1,4 +1,4 @@
-"""Configurations: what a kernel can be compiled with, and what an architecture can launch.
+"""Configurations of the forward kernel, and which of them an architecture can launch.
 
 Pure Python: needs neither Triton nor a GPU. Tables of configurations and the choice among them are in ``lookup.py``.
 """
@@ -22,7 +22,7 @@ class Config:
     persistent: blocks per SM, each of which computes tile after tile; 0 launches a block per tile.
     subtiles: column slices in which a persistent block stores its tile: smaller buffers, more blocks per SM.
 
-    Raises ValueError for a combination that no kernel has.
+    Raises ValueError for a combination that no kernel supports.
     """
 
     kernel: str
@@ -55,7 +55,7 @@ class Config:
 
 
 def invalid_reason(config: Config) -> str | None:
-    """Why no kernel has this combination, or None if one does. Whether it fits a chip is another question."""
+    """Return why no kernel supports this combination, or None. ``unlaunchable`` tells whether it fits a chip."""
     c = config
     if c.kernel not in ("pointer", "tma", "library") or c.dtype not in ("float16", "bfloat16", "float32", "tf32"):
         return "unknown kernel or dtype"
@@ -81,7 +81,10 @@ _UNTILED = (0, 0, 0, 0, 0, 8, 0, 1)
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians in microseconds of the chosen configuration and of what it had to beat, and when and with what."""
+    """Median microseconds of the chosen configuration, of cuBLAS with the activation pass, and of eager PyTorch.
+
+    date and versions: when they were measured, and with which torch and Triton.
+    """
 
     us: float
     library_us: float
@@ -92,7 +95,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration and the shape it was chosen for; ``n`` and ``k`` are None where any will do."""
+    """A configuration and the shape it was chosen for; ``n`` and ``k`` are None if it serves any N and K."""
 
     m: int
     n: int | None
@@ -102,7 +105,7 @@ class Entry:
 
 
 def unlaunchable(config: Config, arch: int) -> str | None:
-    """Why an architecture cannot launch a configuration, or None: a quick check of one from a file."""
+    """Return why an architecture cannot launch a configuration, or None. A quick check, for one read from a file."""
     if config.kernel == "library":
         return None
     if config.kernel == "tma" and arch not in TMA_ARCHS:
@@ -110,15 +113,15 @@ def unlaunchable(config: Config, arch: int) -> str | None:
     blocks = (config.block_m, config.block_n, config.block_k)
     if min(blocks) < 16 or max(blocks) > 256 or max(config.num_warps, config.persistent) > 16:
         return "blocks are 16 to 256, warps and blocks per SM at most 16"
-    # The pipeline of an sm_8x keeps num_stages - 1 tiles in flight, that of an sm_90 all.
+    # On sm_8x and sm_12x the pipeline keeps num_stages - 1 tiles in flight, on sm_9x and sm_10x num_stages.
     stages = config.num_stages - (arch < 90 or arch >= 120)
     operands = (config.block_m + config.block_n) * config.block_k * (2 if "16" in config.dtype else 4)
     return None if operands * stages <= SHARED_MEMORY.get(arch, 101376) else "more shared memory than a block may use"
 
 
 def default_config(M: int, dtype: str, arch: int) -> Config:
-    """The configuration for an architecture that has no table: tiles that fit everywhere, chosen by rows alone."""
-    if arch == 0:  # the interpreter pays per block, and small tiles make small tests cross block borders
+    """Return the configuration for an architecture without a table: a tile that fits every architecture."""
+    if arch == 0:  # the interpreter: small tiles, so that small tests have several blocks
         return Config("pointer", dtype, 16, 32, 32, num_warps=4, num_stages=1, group_m=2)
     # 8 warps for the small tile too: with 4 it spills on sm_86. TF32 takes twice the registers, and spills on sm_120
     # where a tile has 128 rows.

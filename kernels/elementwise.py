@@ -18,12 +18,12 @@ from .runtime import num_sms
 
 FWD_BLOCK = 1024
 
-# 16-byte loads and stores at 8 elements a thread, 2 rows apart in each of 4 warps.
+# A thread loads and stores 8 elements at a time (16 bytes, if they have 16 bits), so each of 4 warps covers 2 rows.
 BLOCK_M = 16
 BLOCK_N = 128
 MAX_ROWS_PER_PROGRAM = 128
-# Blocks an SM should have in flight: 8 KB of loads each, and the product of latency and bandwidth is some 20 KB per SM
-# of an H100. Computed, not measured on a GPU.
+# Blocks that an SM should have in flight: each loads 8 KB at a time, and to hide the latency of memory an SM of an H100
+# needs some 20 KB in flight. Computed, not measured on a GPU.
 BLOCKS_PER_SM = 4
 
 
@@ -37,16 +37,16 @@ def act_fwd_kernel(preact_ptr, out_ptr, numel, ACTIVATION: tl.constexpr, BLOCK: 
 
 
 def act_fwd(numel: int, activation: str) -> Launch:
-    """A launch that writes ``act(preact)`` to out, given ``(preact, out)``: contiguous, ``numel`` elements, one dtype.
+    """Return a launch that takes ``(preact, out)`` and writes ``act(preact)`` to out.
 
-    out may be preact itself.
+    Both are contiguous, with ``numel`` elements of one dtype; out may be preact itself.
     """
     constants = {"ACTIVATION": activation, "BLOCK": FWD_BLOCK, "enable_fp_fusion": True}
     return Launch(act_fwd_kernel, triton.cdiv(numel, FWD_BLOCK), (numel,), constants)
 
 
 def library_plan(numel: int, activation: str, save_preact: bool) -> Plan:
-    """A plan that computes ``act(x @ W.T + b)``, ``numel`` elements, by cuBLAS and one pass for the activation."""
+    """Return a plan that computes ``act(x @ W.T + b)``, ``numel`` elements, by cuBLAS and one activation pass."""
     launch = act_fwd(numel, activation) if activation != "none" or save_preact else None
 
     def plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Outputs:
@@ -60,7 +60,7 @@ def library_plan(numel: int, activation: str, save_preact: bool) -> Plan:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` in no graph and in x's dtype."""
+    """Return ``F.linear`` of the arguments, in no graph and in x's dtype."""
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _product(x, weight, bias)
@@ -69,8 +69,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return _product(x, weight, bias)
     if x.dim() == 2:
         return torch.nn.functional.linear(x, weight, bias)
-    # For more dimensions ``F.linear`` gives a view, which could not be detached in place, and may round before it adds
-    # the bias.
+    # For more dimensions ``F.linear`` returns a view, which could not be detached in place, and may round before it
+    # adds the bias.
     product = torch.nn.functional.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias)
     return product.resize_(*x.shape[:-1], weight.shape[0])
 
@@ -109,14 +109,17 @@ def act_bwd_kernel(
 
 
 def rows_per_program(M: int, N: int, num_sms: int) -> int:
-    """Rows a block works through: as many as leave every SM enough blocks, since each block adds a row of sums."""
+    """Return how many rows a block works through.
+
+    As many as leave every SM enough blocks, since each block adds a row of sums.
+    """
     rows = M * triton.cdiv(N, BLOCK_N) // (BLOCKS_PER_SM * num_sms)
     power_of_two: int = triton.next_power_of_2(rows + 1) // 2
     return min(max(power_of_two, BLOCK_M), MAX_ROWS_PER_PROGRAM)
 
 
 def act_bwd(d_out: Tensor, saved: Tensor, *, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """``(d_preact, d_bias)``; d_bias is None unless ``bias_grad``.
+    """Return ``(d_preact, d_bias)``; d_bias is None unless ``bias_grad``.
 
     d_out ``[M, N]`` may have any strides. saved ``[M, N]`` is the output for relu and tanh, the pre-activation for the
     other activations.

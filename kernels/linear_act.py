@@ -22,7 +22,10 @@ from .runtime import arch_of, name_of, num_sms
 
 @triton.jit
 def _tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and column of an output tile. Tiles in groups of GROUP_M rows share their W tiles in L2."""
+    """Return the first row and column of an output tile.
+
+    The order of tiles goes through groups of GROUP_M rows of tiles, so that a group's tiles share W tiles in L2.
+    """
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(N, BLOCK_N)
     num_tiles_in_group = GROUP_M * num_tiles_n
@@ -69,7 +72,7 @@ def _product_tma(
     x_desc, w_desc, start_m, start_n, K,
     INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
+    """Return a tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([start_m, k])
@@ -85,7 +88,7 @@ def _product_pointer(
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``x @ W.T``, loaded through pointers."""
+    """Return a tile of ``x @ W.T``, loaded through pointers."""
     # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
     rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     cols = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -118,11 +121,12 @@ def linear_act_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PERSISTENT: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused.
+    """Write ``act(x @ W.T + b)`` to out and, if SAVE_PREACT, ``x @ W.T + b`` to preact.
 
-    The grid: a block per tile, or any number of blocks if PERSISTENT. K is at least 1.
+    With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused. The grid has a
+    block per tile, or any number of blocks if PERSISTENT. K is at least 1.
     """
-    # The compiler need not guard the loop over K. Behind that guard ptxas 12.8 (Triton 3.6) serializes wgmma.
+    # Without this the compiler guards the loop over K, and behind that guard ptxas 12.8 (Triton 3.6) serializes wgmma.
     tl.assume(K > 0)
     if PERSISTENT:
         num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -132,8 +136,8 @@ def linear_act_fwd_kernel(
     for index in range(first, stop, step):
         tile = index if PERSISTENT else tl.program_id(0)
         start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        # The bias is loaded before the product and added after it, so that no thread waits for it: as the start of the
-        # sum it would delay the first tiles by one latency of memory.
+        # Loaded before the product and added after it, so that no thread waits for the bias: if the sum started with
+        # the bias, the first tiles would wait for one latency of memory.
         if HAS_BIAS:
             offs_n = start_n + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -158,10 +162,10 @@ def linear_act_fwd(
     save_preact: bool,
     config: Config | None = None,
 ) -> Outputs:
-    """``(out, preact)``, both contiguous ``[..., N]``, in no graph; preact is None unless ``save_preact``.
+    """Return ``(out, preact)``, both contiguous ``[..., N]`` and in no graph; preact is None unless ``save_preact``.
 
-    x ``[..., K]`` and weight ``[N, K]`` may have any strides. ``config`` goes before the tables and the kept plans; one
-    for TMA needs every row of x, weight and out on a 16-byte boundary.
+    x ``[..., K]`` and weight ``[N, K]`` may have any strides. A given ``config`` is used instead of the tables and the
+    kept plans; one for TMA needs every row of x, weight and out on a 16-byte boundary.
     """
     if config is not None:
         return _make_plan(x, weight, bias, activation, save_preact, config)(x, weight, bias)
@@ -178,7 +182,7 @@ def linear_act_fwd(
 def _make_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool, config: Config | None
 ) -> Plan:
-    """A function of x, weight and bias that serves this call and all that have its key."""
+    """Return a function of x, weight and bias that serves this call and every call with the same key."""
     N, K = weight.shape
     M = x.shape[:-1].numel()
     shape = (*x.shape[:-1], N)
@@ -212,7 +216,7 @@ def _make_plan(
 def _launch_of(
     rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool, config: Config
 ) -> Launch:
-    """A launch of ``linear_act_fwd_kernel`` on ``(x, weight, bias, out, preact)``. rows: x as ``[M, K]``."""
+    """Return a launch of the kernel that takes ``(x, weight, bias, out, preact)``. rows: x as ``[M, K]``."""
     (M, K), N = rows.shape, weight.shape[0]
     num_blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if config.persistent:
@@ -245,14 +249,14 @@ def _launch_of(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """The ``Config.dtype`` that serves a tensor dtype under torch's current fp32 setting."""
+    """Return the ``Config.dtype`` that serves a tensor dtype under torch's current fp32 setting."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return str(dtype).removeprefix("torch.")
 
 
 def _is_aligned(matrix: Tensor, N: int) -> bool:
-    """Whether every row of ``matrix``, and of an output with N columns, is contiguous and on a 16-byte boundary."""
+    """Return whether ``matrix`` and an output with N columns have contiguous rows on 16-byte boundaries."""
     columns = matrix.shape[1]
     row_stride, column_stride = matrix.stride()
     elements = 16 // matrix.element_size()

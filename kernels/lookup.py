@@ -1,8 +1,8 @@
 """Tables of configurations, and the choice of one for a shape. Pure Python: needs neither Triton nor a GPU.
 
-Each architecture has a table ``tables/sm_XX.json`` that says how its entries came to be; an architecture without one
-gets ``default_config``. What ``tune`` measured on a GPU of this machine lies in the user's cache directory, in one file
-per GPU, and goes before both. Looking up never measures anything.
+An architecture's table, ``tables/sm_XX.json``, says how its entries came to be; an architecture without a table gets
+``default_config``. ``tune`` keeps what it measures on a machine in the user's cache directory, one file per GPU, and
+lookup prefers these entries to both. Lookup itself measures nothing.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ Rows = list[dict[str, Any]]
 PACKAGE = __name__.partition(".")[0]
 TABLES = Path(__file__).parent / "tables"
 
-# Of tables on users' machines. Raise it when the format changes, or when kernels change so much that choices measured
-# before no longer hold.
+# The version of tables on users' machines. Raise it when the format changes, or when kernels change so much that
+# choices measured before no longer hold.
 VERSION = 2
 
 # Offsets inside a tile are 32-bit (rows of a tile times N), those of whole tensors 64-bit.
 MAX_N = 2**23
 MAX_M = 2**31 - 2**10
 
-# How far from its own M an entry for one N and K may serve, as a factor. A tile that was measured best at 32 rows says
+# An entry for one N and K serves M up to this factor above or below its own: the tile measured best at 32 rows says
 # nothing about 8192.
 REACH = 4
 
-# From this K on only what was measured serves: a step of a 128x128 tile is modelled at 640 clocks for 512 of matrix
+# From this K on only measured entries serve: the model gives a step of a 128x128 tile 640 clocks for 512 of matrix
 # work, and past K = 2000 that costs more than the pass over the output that fusing saves.
 UNMEASURED_K = 2048
 
@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 def get_config(M: int, N: int, K: int, dtype: str, arch: int, *, aligned: bool, device: str = "") -> Config:
-    """The configuration for ``[M, K] @ [N, K].T``. A pure function of its arguments and the tables.
+    """Return the configuration for ``[M, K] @ [N, K].T``. It depends on nothing but the arguments and the tables.
 
     aligned: whether every row of x, W and the output starts on a 16-byte boundary and is contiguous.
-    device: the GPU's name, whose own table on this machine goes first; none if empty.
+    device: the GPU's name, to look first in its table on this machine; if empty, only shipped tables count.
     """
     return choose(M, N, K, dtype, arch, aligned=aligned, device=device)[0]
 
@@ -57,12 +57,12 @@ def get_config(M: int, N: int, K: int, dtype: str, arch: int, *, aligned: bool, 
 def choose(
     M: int, N: int, K: int, dtype: str, arch: int, *, aligned: bool, device: str = ""
 ) -> tuple[Config, Entry | str]:
-    """The configuration, and the table's entry it is from or the reason in words.
+    """Return the configuration, and the table's entry that it is from or the reason in words.
 
-    cuBLAS serves where tiles would spill (unaligned rows, whose loads are narrow), where there are no tensor cores
-    (IEEE fp32), and K = 0, which no descriptor describes and the kernel does not expect. Else the entry that is nearest
-    in log M decides: one of this very N and K if it is within a factor of ``REACH``, else one for any N and K. From
-    ``UNMEASURED_K`` on an entry needs measured times, and cuBLAS serves where there are none.
+    cuBLAS serves unaligned rows (their loads are narrow, and tiles would spill), IEEE fp32 (no tensor cores), and K = 0
+    (no descriptor describes it, and the kernel does not expect it). Else the entry nearest in log M decides: one for
+    this N and K if it is within a factor of ``REACH``, else one for any N and K. From ``UNMEASURED_K`` on an entry must
+    have measured times; if there is none, cuBLAS serves.
     """
     library = functools.partial(Config, "library", dtype)
     if N > MAX_N or M > MAX_M:
@@ -88,7 +88,7 @@ def choose(
 def _entries_for(
     N: int, K: int, dtype: str, arch: int, device: str, measured_only: bool
 ) -> tuple[tuple[tuple[Entry, ...], float], ...]:
-    """Groups of entries with their reach, the best founded first: this machine's, shipped for N and K, shipped for any.
+    """Return groups of entries, each with its reach: this machine's, those shipped for N and K, those shipped for any.
 
     Within a group the entries are in order of M.
     """
@@ -106,7 +106,7 @@ def _entries_for(
 
 
 def shipped_configs(arch: int) -> Iterator[Config]:
-    """Every Triton configuration that ``get_config`` can return on an architecture, each once."""
+    """Yield once each Triton configuration that ``get_config`` can return on an architecture from shipped tables."""
     entries = [entry.config for entry in load_table(arch)]
     dtypes = ("float16", "bfloat16", "tf32")
     defaults = [default_config(M, dtype, arch) for dtype in dtypes for M in (1, 4096)]
@@ -117,20 +117,20 @@ def shipped_configs(arch: int) -> Iterator[Config]:
 
 @functools.cache
 def shipped_table(arch: int) -> dict[str, Any]:
-    """The file shipped for a compute capability (90 for sm_90), as it is; without entries if there is none."""
+    """Return the file shipped for a compute capability (90 for sm_90); if there is none, a table without entries."""
     path = TABLES / f"sm_{arch}.json"
     return dict(json.loads(path.read_text())) if path.exists() else {"arch": arch, "source": "", "entries": []}
 
 
 @functools.cache
 def load_table(arch: int) -> tuple[Entry, ...]:
-    """The entries shipped for a compute capability; empty if there are none."""
+    """Return the entries shipped for a compute capability; empty if there are none."""
     return parse_rows(shipped_table(arch)["entries"])
 
 
 @functools.cache
 def load_user_table(arch: int, device: str) -> tuple[Entry, ...]:
-    """What was measured on this machine for the GPU of this name; empty for an empty name.
+    """Return the entries measured on this machine for the GPU of this name; empty for an empty name.
 
     A table that cannot be used is ignored with a warning.
     """
@@ -149,7 +149,7 @@ def load_user_table(arch: int, device: str) -> tuple[Entry, ...]:
 
 
 def _measured_entries(path: Path, arch: int, device: str) -> tuple[Entry, ...]:
-    """Raises one of ``UNUSABLE`` where the file is not a table of this GPU and version."""
+    """Return a file's entries. Raises one of ``UNUSABLE`` if the file is not a table of this GPU and version."""
     table = json.loads(path.read_text())
     if table["version"] != VERSION:
         raise ValueError(f"it was written by another version (table version {table['version']}, now {VERSION})")
@@ -165,18 +165,24 @@ def _measured_entries(path: Path, arch: int, device: str) -> tuple[Entry, ...]:
 
 
 def folder() -> Path | None:
-    """$BERT_FUSED_TABLES if set, else a folder of the cache directory; None if that is "off" or there is no home."""
+    """Return $BERT_FUSED_TABLES if set (None if it is "off"), else a folder in the user's cache directory.
+
+    None also if the variable is not set and there is no home directory.
+    """
     chosen = os.environ.get("BERT_FUSED_TABLES", "")
     if chosen:
         return None if chosen == "off" else Path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # the XDG specification: unset, or to be ignored
+    if not os.path.isabs(cache):  # unset, or relative, which the XDG specification says to ignore
         cache = os.path.expanduser("~/.cache")
     return Path(cache, PACKAGE) if os.path.isabs(cache) else None
 
 
 def table_path(arch: int, device: str) -> Path | None:
-    """Where the table of a GPU lies or would lie. ``device`` is its name, as CUDA gives it."""
+    """Return the path of a GPU's table, whether it exists or not; None if there is no folder for tables.
+
+    device: the GPU's name, as CUDA gives it.
+    """
     base = folder()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return base / f"sm_{arch}-{slug}.json" if base is not None else None
@@ -185,7 +191,7 @@ def table_path(arch: int, device: str) -> Path | None:
 def remember(entries: Iterable[Entry], arch: int, device: str, source: str) -> Path:
     """Merge entries into this GPU's table on this machine: those of the same shape and dtype are replaced.
 
-    Lookup in this process sees them from now on; plans made before do not. Returns the table's path.
+    Returns the table's path. Lookup in this process uses the entries from now on; plans made before keep their own.
 
     Raises:
         OSError: the file cannot be written.
@@ -206,13 +212,13 @@ def remember(entries: Iterable[Entry], arch: int, device: str, source: str) -> P
 
 
 def forget_tables() -> None:
-    """Read tables again when they are next asked for."""
+    """Make the next lookup read the tables' files again."""
     for cached in (load_table, shipped_table, load_user_table, _entries_for):
         cached.cache_clear()
 
 
 def write(path: Path, header: dict[str, Any], rows: Rows) -> None:
-    """A table that people can read and compare: one line per row. Readers see the old file or the new one, whole.
+    """Write a table that people can read and compare, one line per row. Readers see all of the old file or of the new.
 
     Raises:
         OSError: the file cannot be written.
@@ -229,10 +235,10 @@ def write(path: Path, header: dict[str, Any], rows: Rows) -> None:
 
 
 def parse_rows(rows: Iterable[dict[str, Any]]) -> tuple[Entry, ...]:
-    """The entries in a table's rows.
+    """Return the entries in a table's rows. ``unlaunchable`` tells whether their configurations fit a chip.
 
     Raises:
-        ValueError: a row is not one. Whether a configuration fits a chip is not asked.
+        ValueError: a row is not an entry.
     """
     entries = []
     for row in rows:
@@ -252,7 +258,7 @@ def parse_rows(rows: Iterable[dict[str, Any]]) -> tuple[Entry, ...]:
 
 
 def entry_row(entry: Entry) -> dict[str, Any]:
-    """The row that ``parse_rows`` reads as this entry."""
+    """Return the row that ``parse_rows`` reads as this entry."""
     given = {
         field.name: getattr(entry.config, field.name)
         for field in dataclasses.fields(Config)

@@ -1,8 +1,8 @@
-"""Launch kernels. Nothing else in this package does.
+"""Launch kernels: the only module of this package that does.
 
 ``kernel[grid](...)`` inspects every argument in every call, which costs the host more than the rest of a call together.
 A ``Launch`` has Triton compile its kernel once, and hands later calls to Triton's C launcher with addresses. A plan is
-a function that holds a ``Launch`` and no tensor: it serves all calls of one kind, those with equal keys.
+a function that holds a ``Launch``, if it needs one, and no tensor: it serves all calls with equal keys.
 """
 
 import copy
@@ -31,7 +31,7 @@ SLOW_LAUNCHES = (
     "costs the host 10 to 30 us more for each call"
 )
 
-# A torch without CUDA has neither.
+# A torch without CUDA has neither function.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
@@ -42,18 +42,18 @@ Encoder = Callable[[int], tuple[Any, ...]]
 _fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 
 plans: dict[Any, Plan] = {}
-# A child has no handle of its parent's modules.
+# A forked child cannot use the kernels that its parent loaded.
 os.register_at_fork(after_in_child=plans.clear)
 
 
 def key_of(a: Tensor, b: Tensor, c: Tensor | None, activation: str, flag: bool) -> tuple[Any, ...] | None:
-    """What a plan depends on: of each tensor all but the address; None if one of them has no strides.
+    """Return what a plan depends on: everything about each tensor but its address. None if one has no strides.
 
-    Triton compiles for addresses on 16-byte boundaries, so where a tensor lies between two of them counts. A lazily
-    zero tensor has no address, and no key in common with others. A device's index says where a tensor is: no process
-    has two kinds of accelerator, and the CPU's is -1, as the meta device's is. Contiguous tensors of one shape differ
-    at most in the stride of a dimension of size 1, which no address depends on. In fp32 the choice of a configuration
-    depends on torch's setting.
+    Triton compiles for addresses on 16-byte boundaries, so the distance from one is part of the key. A lazily zero
+    tensor has no address, so its key differs from that of any tensor that has one. The device's index is enough: no
+    process has two kinds of accelerator, and the CPU's index is -1, as is the meta device's. Contiguous tensors of one
+    shape need no strides in the key: they differ at most in the stride of a dimension of size 1, which no address
+    depends on. In fp32 the choice of a configuration depends on torch's setting.
     """
     dtype = a.dtype
     try:
@@ -86,7 +86,7 @@ def key_of(a: Tensor, b: Tensor, c: Tensor | None, activation: str, flag: bool) 
 
 
 def keep(key: tuple[Any, ...] | None, plan: Plan) -> None:
-    """Serve later calls with this key by ``plan``."""
+    """Keep ``plan`` for later calls with this key; without a key do nothing."""
     if key is None:
         return
     if len(plans) >= MAX_PLANS:
@@ -103,11 +103,12 @@ class Matrix(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A kernel that Triton's C function launches: ``function(*grid, stream, *fixed, ...)``, then its arguments.
+    """A compiled kernel, which Triton's C function launches: ``function(*grid, stream, *fixed, arguments)``.
 
     unpacks: the function takes the kernel's arguments one by one, not as a tuple.
-    rest: the kernel's arguments after the tensors. encoders: None, or one for each tensor, None for a pointer.
-    handle: Triton 3.9 unloads a kernel that nothing refers to.
+    rest: the kernel's arguments after the tensors.
+    encoders: None if all tensors are pointers; else one for each descriptor, and None for each pointer.
+    handle: kept because Triton 3.9 unloads a kernel that nothing refers to.
     """
 
     function: Callable[..., None]
@@ -123,8 +124,8 @@ class Launch:
     """A kernel with its grid and all of its arguments but the tensors. Call it with tensors to launch it on them.
 
     The first call compiles for its tensors, so those of later calls must agree with them in all that ``key_of`` reads.
-    Whatever watches or changes launches (profilers' hooks, instrumentation, debugging) gets ``kernel[grid]``. So do the
-    interpreter and a Triton whose launcher is not known, of which one warning tells.
+    ``kernel[grid]`` launches instead if something watches or changes launches (profilers' hooks, instrumentation,
+    debugging), in the interpreter, and with a Triton whose launcher is not known, which one warning reports.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class Launch:
             function(*self.grid, current_stream(device), *fixed, (*arguments, *rest))
 
     def _launch_unprepared(self, tensors: tuple[Any, ...]) -> None:
-        """Compile where Triton's launcher may be called, and launch; else let Triton launch."""
+        """Compile and launch if Triton's C launcher may be called; else launch by ``kernel[grid]``."""
         by_triton = INTERPRETED or not LAUNCHER_IS_KNOWN or is_observed(self.kernel)
         if not by_triton and self._compile(tensors):
             return self(*tensors)
@@ -175,14 +176,14 @@ class Launch:
             self.kernel[self.grid](*self._described(tensors), *self.numbers, **self.constants)
 
     def _described(self, tensors: tuple[Any, ...]) -> list[Any]:
-        """The kernel's first arguments: the tensors, or descriptors of them."""
+        """Return the kernel's first arguments: the tensors, or descriptors of them."""
         return [
             tensor if tensor is None or matrix is None else TensorDescriptor(tensor, *matrix)
             for tensor, matrix in zip(tensors, self.matrices or len(tensors) * (None,), strict=True)
         ]
 
     def _compile(self, tensors: tuple[Any, ...]) -> bool:
-        """Return whether Triton has a kernel that its C function can launch by itself."""
+        """Compile for these tensors; return whether Triton's C function can launch the result by itself."""
         args = self._described(tensors)
         with on_device(tensors[0]):
             handle = self.kernel.warmup(*args, *self.numbers, grid=self.grid, **self.constants)
@@ -208,7 +209,7 @@ def _warn_once() -> None:
 
 
 def is_observed(kernel: Any) -> bool:
-    """Whether something wants to see or change launches, which Triton's own path then has to make."""
+    """Return whether something watches or changes launches, so that Triton itself has to make them."""
     runtime = knobs.runtime
     try:
         hooked = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
@@ -226,7 +227,7 @@ def is_observed(kernel: Any) -> bool:
 
 @functools.lru_cache(MAX_PLANS)
 def _launcher_of(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:
-    """The first three fields of ``Compiled``. Versions of Triton differ in here and in ``_encode``."""
+    """Return the first three fields of ``Compiled``. Triton's versions differ in what this and ``_encode`` use."""
     run, metadata = handle.run, handle.packed_metadata
     function = run.launch
     # For a kernel with descriptors Triton wraps its C function into one that encodes them in every call.
@@ -241,7 +242,7 @@ def _launcher_of(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...], boo
 
 
 def _encoded(addresses: list[Any], encoders: tuple[Encoder | None, ...]) -> list[Any]:
-    """The launcher's arguments for tensors at these addresses: five for a descriptor."""
+    """Return the launcher's arguments for tensors at these addresses: five for a descriptor, one for a pointer."""
     arguments: list[Any] = []
     for address, encode in zip(addresses, encoders, strict=True):
         arguments += (address,) if encode is None or address is None else _encoded_at(encode, address)
@@ -250,7 +251,7 @@ def _encoded(addresses: list[Any], encoders: tuple[Encoder | None, ...]) -> list
 
 @functools.lru_cache(MAX_ENCODED)
 def _encoded_at(encode: Encoder, address: int) -> tuple[Any, ...]:
-    """An encoding depends on nothing but the address, so it can be reused for any tensor there."""
+    """Encode an address. The result depends on nothing else, so it is reused for any tensor at that address."""
     return encode(address)
 
 

@@ -6,7 +6,7 @@ import functools
 import torch
 import triton
 
-# Triton decides when a function is decorated, so one process either interprets every kernel or none.
+# Triton decides when it decorates a function, so a process interprets either every kernel or none.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 INTERPRETER_ARCH = 0
@@ -20,7 +20,7 @@ def _arch_of_index(index: int | None) -> int:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90), or ``INTERPRETER_ARCH``."""
+    """Return the compute capability as one number (90 for sm_90), or ``INTERPRETER_ARCH``."""
     return INTERPRETER_ARCH if INTERPRETED else _arch_of_index(device.index)
 
 
@@ -30,7 +30,7 @@ def _num_sms_of_index(index: int | None) -> int:
 
 
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors; few in the interpreter, so that persistent blocks have several tiles each."""
+    """Return the number of SMs; the interpreter has few, so that persistent blocks have several tiles each."""
     return INTERPRETER_SMS if INTERPRETED else _num_sms_of_index(device.index)
 
 
@@ -40,10 +40,10 @@ def _name_of_index(index: int | None) -> str:
 
 
 def name_of(device: torch.device) -> str:
-    """The GPU's name, under which its measured table is kept; empty for the interpreter, which has none."""
+    """Return the GPU's name, under which its measured table is kept; empty for the interpreter, which has none."""
     return "" if INTERPRETED else _name_of_index(device.index)
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

@@ -104,7 +104,7 @@ def measure(rounds: int, planted_us: float) -> Samples:
 
 
 def figures_of(processes: Sequence[Samples]) -> dict[str, Any]:
-    """Return medians, and the ratios of ours to eager's with intervals, of the samples of several processes."""
+    """Return the medians of several processes' samples, and the ratios of ours to eager's with their intervals."""
     samples = {name: [value for one in processes for value in one[name]] for name in processes[0]}
     figures: dict[str, Any] = {f"{name}_us": summarize(values).median for name, values in samples.items()}
     for kind in ("", "pooler_"):
@@ -116,7 +116,7 @@ def figures_of(processes: Sequence[Samples]) -> dict[str, Any]:
 
 
 def _sample(call: Call, set_grad_enabled: Callable[[bool], Any], grad: bool) -> float:
-    """Return processor time a call: on a busy machine wall time contains the turns of other processes."""
+    """Return a call's microseconds of processor time: on a busy machine wall time contains other processes' turns."""
     set_grad_enabled(grad)
     start = time.thread_time()
     for _ in range(CALLS):

@@ -61,7 +61,7 @@ def inspect(compiled: Compiled, arch: int, tile: int = 1, block_m: int = 64, *, 
 def read_log(log: str) -> dict[str, object]:
     """Return the registers, the bytes that a thread spills, and the C75xx messages in the output of ``ptxas -v``.
 
-    C75xx are about ``wgmma``: the potential loss that they name is a wait after every matrix instruction.
+    C75xx are about ``wgmma``: the loss of performance that they warn of is a wait after every matrix instruction.
     """
     registers = re.search(r"Used (\d+) registers", log)
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -91,8 +91,10 @@ def listing(sass: str) -> tuple[Instructions, Labels]:
 
 
 def read_product(instructions: Instructions, labels: Labels, matrix: str) -> dict[str, object]:
-    """Count the instructions named ``matrix`` in the loop over K, the loop's waits for them, and the instructions after
-    the loop; find in which order bias and tile are loaded and used."""
+    """Count the instructions named ``matrix`` in the loop over K, its waits for them, and the instructions after it.
+
+    Also find the order in which bias and tile are loaded and used.
+    """
     products = [i for i, (name, _) in enumerate(instructions) if name.startswith(matrix)]
     if not products:
         return {"products": 0, "waits": 0, "epilogue": 0, "order": ""}
@@ -103,7 +105,7 @@ def read_product(instructions: Instructions, labels: Labels, matrix: str) -> dic
 
 
 def _loop(instructions: Instructions, labels: Labels, last_product: int) -> tuple[int, int, int]:
-    """Return the loop over K's first and last instruction, and the number of instructions from it to the tile's end.
+    """Return the loop over K's first and last instruction, and how many instructions follow until the tile's end.
 
     Waiting loops and padding behind the exit are not counted.
     """
@@ -123,7 +125,7 @@ def _loop(instructions: Instructions, labels: Labels, last_product: int) -> tupl
 
 
 def _order(instructions: Instructions, first_product: int) -> str:
-    """Return in which order the bias and the first tile are loaded, and the bias is first used, which waits for it.
+    """Return the order of four steps: load bias, load tile (the first), use bias (which waits for it), and multiply.
 
     Tiles are loaded by special instructions, so a plain load is one of the bias.
     """

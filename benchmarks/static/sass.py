@@ -35,7 +35,7 @@ from bert_fused.tune.shapes import MODELS
 from .compile import ROWS, compile_grad, compile_linear, compile_pass
 from .machine_code import MATRIX_INSTRUCTION, PTX_INSTRUCTION, hides_bias, inspect, matrix_instruction
 
-# Blocks that an SM must hold at a time, for configurations whose speed depends on it more than the cycle model says.
+# Blocks that an SM must hold, for configurations whose speed depends on that more than the cycle model says.
 RESIDENT_BLOCKS = {(90, "tma 128x128x64 4 warps 3 stages"): 2}
 # Rows at which candidates are asked for.
 OFFERED_ROWS = tuple(2**i for i in range(18))
@@ -44,8 +44,8 @@ MODEL_SHAPES = tuple((n, k) for k, wide in MODELS.values() for n in (wide, k))
 # BERT-base: the shape whose time is modelled for configurations that serve any N and K, and for the passes.
 N, K = 3072, 768
 PASS_ROWS = 8192
-# Most instructions per element, by whether the pre-activation is stored: from the end of the loop over K to the exit of
-# the configuration below (bias, activation, cast, store, teardown of the pipeline), and of a derivative beyond ReLU's.
+# The most instructions per element from the end of the loop over K to the exit (bias, activation, cast, store, teardown
+# of the pipeline), in the configuration below; by dtype, activation, and whether the pre-activation is stored.
 EPILOGUE_BUDGET = {
     ("bfloat16", "gelu", False): 11.6,
     ("bfloat16", "gelu", True): 12.4,
@@ -53,13 +53,14 @@ EPILOGUE_BUDGET = {
     ("float16", "gelu", True): 13.3,
 }
 EPILOGUE_BUDGET_CONFIG = (90, "tma 128x128x64 4 warps 3 stages")
+# The most instructions per element that GELU's derivative may need beyond ReLU's.
 DERIVATIVE_BUDGET = 16.0
 DERIVATIVE_COUNTED = ((90, "float16"), (90, "bfloat16"))
 GRAD_TILE = elementwise.BLOCK_M * elementwise.BLOCK_N
 
 
 def activations_to_check(dtype: str) -> tuple[str, ...]:
-    """Return BERT's own activation, and the dearest: tanh in instructions, tanh GELU in registers."""
+    """Return BERT's own activation and the most costly ones: tanh in instructions, tanh GELU in registers."""
     return ("gelu",) if dtype in ("tf32", "float32") else ("gelu", "tanh", "gelu_tanh")
 
 
@@ -84,10 +85,10 @@ def shipped_rows(config: Config, arch: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each activation, with the pre-activation stored and any number of rows.
 
     BERT's own activation has another row as batched inference runs it, without the pre-activation and with a multiple
-    of 16 rows, whose loads are put in order; and a third one if the configuration serves a single row.
+    of 16 rows, in which the order of loads is checked; and a third one if the configuration serves a single row.
     """
     shapes = shapes_served(config, arch)
-    # wgmma that waits for each product was seen where the pre-activation is stored.
+    # wgmma was seen to wait for each product in kernels that store the pre-activation.
     variants = [
         (name, True, 17, name == "gelu" and is_wgmma(config, arch)) for name in activations_to_check(config.dtype)
     ]
@@ -137,7 +138,7 @@ def is_wgmma(config: Config, arch: int) -> bool:
 
 
 def offered_configs(arch: int) -> dict[Config, tuple[int, int, int]]:
-    """Return what ``tune`` is offered for the three models, each with the largest shape that it is offered for.
+    """Return the configurations that ``tune`` is offered for the three models, each with its largest shape.
 
     bf16 gets fp16's tiles and needs one instruction less per element, so it is compiled only where wgmma may be
     serialized.
@@ -180,14 +181,14 @@ def shapes_served(config: Config, arch: int) -> list[tuple[int, int, int]]:
 
 
 def intended_blocks(config: Config, arch: int, shapes: list[tuple[int, int, int]]) -> int:
-    """Return how many blocks shared an SM when the cycle model ranked the configuration: all there are, or that fit."""
+    """Return how many blocks per SM the cycle model assumed in its ranking: as many as fit, or as there are."""
     needed = max(-(-M // config.block_m) * -(-N // config.block_n) for M, N, _ in shapes)
     modelled = min(resident_blocks(config, arch), -(-needed // chip_of(arch).sms))
     return RESIDENT_BLOCKS.get((arch, str(config)), modelled)
 
 
 def linear_times(config: Config, shape: tuple[int, int, int], arch: int) -> dict[str, Any]:
-    """Return the modelled time of a product, and the least that the chip's data sheet allows."""
+    """Return the modelled time of a product, and the least time that the chip's data sheet allows."""
     M, N, K = shape
     itemsize = 4 if config.dtype == "tf32" else 2
     chip = chip_of(arch)
@@ -201,7 +202,7 @@ def linear_times(config: Config, shape: tuple[int, int, int], arch: int) -> dict
 
 
 def pass_times(tensors: int, dtype: str, arch: int) -> dict[str, Any]:
-    """Return the same for a pass that reads and writes so many tensors: memory traffic, and one memory latency."""
+    """Return both times for a pass that moves ``tensors`` tensors: memory traffic, and one memory latency."""
     chip = chip_of(arch)
     moved = tensors * PASS_ROWS * N * (4 if dtype == "float32" else 2) / (chip.sms * chip.memory)
     return {

@@ -1,4 +1,4 @@
-"""Other versions of transformers and Triton: install each into a folder of its own, and run a command under it.
+"""Install other versions of transformers and Triton, each into a folder of its own, and run a command with each.
 
 ``versions`` runs the tests: those of Hugging Face's side on each transformers, those of kernels and launcher on each
 Triton. ``matrix`` compiles every configuration shipped or offered to the tuner with each Triton. The pinned versions
@@ -23,11 +23,11 @@ from rich.table import Table
 from ..records import ROOT
 
 FOLDER = ROOT / ".versions"
-# Beside the pinned and the newest. pyproject.toml asks for at least the first; 5.17.0 and 3.6.0 are on a GPU machine of
-# ours, and torch 2.14 comes with 3.8.
+# Versions to test beside the pinned and the newest. pyproject.toml asks for at least the first of each. 5.17.0 and
+# 3.6.0 are on a GPU machine of ours, and torch 2.14 comes with 3.8.
 TESTED = {"transformers": ("5.14.0", "5.17.0"), "triton": ("3.6.0", "3.8.0")}
 _HUB_1 = ("huggingface-hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9", "h11==0.16.0", "anyio==4.16.0")
-# What a version needs in the place of what is pinned.
+# Packages that a version needs instead of the pinned ones.
 BESIDE = {
     ("transformers", "5.14.0"): ("tokenizers==0.22.2", *_HUB_1),
     ("transformers", "5.17.0"): _HUB_1,

@@ -41,7 +41,7 @@ EXAMPLES = """examples:
 
 # Fused and unfused each round; the sum of their errors stays below this many times the unfused model's.
 ROUNDING = 4
-# For outputs so few that their largest error is small by luck: this many units in the last place.
+# Added to that limit, in units in the last place: among few outputs the largest error may be small by luck.
 ULPS = 8
 CHECKED_ROWS, CHECKED_TOKENS = 4, 64
 ROUNDS, ENOUGH_ROUNDS = 30, 5
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default float16 on a GPU, else float32")
     parser.add_argument("--device", help="as cuda:1; default a GPU if there is one, else cpu")
     parser.add_argument("--batch", type=int, default=8, help="rows in a timed batch (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="cut texts to so many tokens (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="cut texts to this many tokens (default %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="time for so long (default %(default)g); 0 times nothing"
+        "--seconds", type=float, default=20.0, help="time for this long (default %(default)g); 0 times nothing"
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -136,7 +136,7 @@ def check(
 
 
 def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, bool]]) -> list[Json]:
-    """For each wish fuse's report, and each output's largest difference beside what rounding explains.
+    """Return fuse's report for each set of options, and each output's largest difference beside what rounding explains.
 
     Rounding explains how far an output of the unfused model may move if the same sums are rounded elsewhere.
 
@@ -148,7 +148,7 @@ def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, 
     def explained(path: str, rounded: Tensor, exact: Tensor) -> float:
         here = rounded.to(exact.device)
         finite = here.isfinite() & exact.isfinite()
-        if (~here.isfinite() & (exact != -math.inf)).any():  # a mask may be of infinities, nothing else
+        if (~here.isfinite() & (exact != -math.inf)).any():  # -inf may come from a mask
             dtype = str(rounded.dtype).removeprefix("torch.")
             raise CommandError(f"the unfused model's own {path or 'output'} is not finite in {dtype}; see --dtype")
         exact = exact.masked_fill(~finite, 0.0)
@@ -190,7 +190,7 @@ def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, 
 def _gains(
     model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, bool]], seconds: float
 ) -> list[Json | None]:
-    """For each wish median times beside the unfused model's, and how many times as fast; None if not timed."""
+    """Return, for each set of options, its time beside the unfused model's and their ratio; None if not timed."""
     if not seconds:
         return [None] * len(wishes)
     samplers = {"unfused": _sampler(model, inputs, None)}
@@ -215,7 +215,7 @@ def _gains(
 
 
 def _sampler(model: nn.Module, inputs: dict[str, Tensor], options: dict[str, bool] | None) -> Sampler:
-    """Times one call, fused with these options for that call alone; None: not fused."""
+    """Return a sampler of one call, for which the model is fused with these options; None: not fused."""
     synchronize: Callable[[], object] = torch.cuda.synchronize if next(model.parameters()).is_cuda else int
     sample = wall_sampler([functools.partial(_forward, model, inputs)], synchronize)
 

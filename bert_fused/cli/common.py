@@ -1,4 +1,4 @@
-"""What the subcommands share: one kind of error, optional packages, and loading a model without a network."""
+"""Shared by the commands: their error, their parser, optional packages, and loading a model without a network."""
 
 import argparse
 import contextlib
@@ -48,15 +48,16 @@ def print_json(result: Json) -> None:
 
 
 def first_sentence(error: BaseException) -> str:
-    """An error's message in one line: other libraries go on with advice that does not fit here."""
+    """Return an error's first sentence in one line: other libraries go on with advice that does not fit here."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
 
 
 def require(*packages: str, extra: str) -> None:
-    """
+    """Check that packages are installed.
+
     Raises:
-        CommandError: a package is not installed.
+        CommandError: a package is not installed; the message names the extra that installs it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -64,7 +65,7 @@ def require(*packages: str, extra: str) -> None:
 
 
 def version(package: str) -> str:
-    """An installed package's version, or that of a module that was imported from elsewhere, as from a checkout."""
+    """Return an installed package's version, or that of a module imported from elsewhere, such as a checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -73,7 +74,7 @@ def version(package: str) -> str:
 
 
 def with_bar(items: Iterable[T], total: int) -> Iterable[T]:
-    """The items, with a progress bar and the time left if rich is installed."""
+    """Return the items, with a progress bar and the time left if rich is installed."""
     try:
         from rich.progress import track
     except ImportError:
@@ -82,7 +83,7 @@ def with_bar(items: Iterable[T], total: int) -> Iterable[T]:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of this name; by default a GPU if there is one.
+    """Return the device of this name; by default a GPU if there is one.
 
     Raises:
         CommandError: PyTorch cannot use the device.
@@ -98,7 +99,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of this name; by default float16 on a GPU, else float32."""
+    """Return the dtype of this name; by default float16 on a GPU, else float32."""
     dtype: torch.dtype = getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
     return dtype
 
@@ -106,10 +107,10 @@ def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
 def load(
     folder: Path, device: torch.device, dtype: torch.dtype, *, head: bool
 ) -> tuple[nn.Module, Tokenizer | None, list[str]]:
-    """A folder's model in eval mode, its tokenizer if it has one, and the names of randomly initialized parameters.
+    """Return a folder's model in eval mode, its tokenizer or None, and the names of parameters drawn at random.
 
-    head: load the class that the folder's configuration names; else the model without a head. Parameters are random if
-    the folder's files lack them.
+    head: load the class that the folder's configuration names; else the model without a head. Parameters are drawn at
+    random if the folder's files lack them.
 
     Raises:
         CommandError: model or tokenizer cannot be loaded, or nothing in the model can be fused.
@@ -147,10 +148,10 @@ def load(
 
 @contextlib.contextmanager
 def blame_model(model: nn.Module) -> Iterator[None]:
-    """Say that the model failed, not this package: nothing is fused in the block.
+    """Report an error in the block as the model's, not this package's, since nothing is fused there.
 
     Raises:
-        CommandError: something failed.
+        CommandError: the block raised an error.
     """
     try:
         yield

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> Json:
-    """Tell the story, and return it as JSON's types."""
+    """Run the demo and print its results; return them as JSON's types."""
     folder = arguments.model or _minilm_folder()
     device = device_of(None)
     model, tokenizer, _ = load(folder, device, dtype_of(arguments.dtype, device), head=False)
@@ -120,7 +120,7 @@ def _minilm_folder() -> Path:
 
 @torch.inference_mode()
 def _embed(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Mean-pooled unit-length embeddings in fp32 on the CPU, ``[len(texts), H]``."""
+    """Return mean-pooled unit-length embeddings in fp32 on the CPU, ``[len(texts), H]``."""
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     batches = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
@@ -135,7 +135,7 @@ def _embed(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 def _answers(queries: list[str], query: Tensor, documents: Tensor, names: list[str]) -> dict[str, list[Json]]:
-    """The best documents for each query. query ``[Q, H]`` and documents ``[D, H]`` have unit length."""
+    """Return the best documents for each query. query ``[Q, H]`` and documents ``[D, H]`` have unit length."""
     best = (query @ documents.t()).topk(min(3, len(names)))
     return {
         question: [{"score": score, "name": names[j]} for score, j in zip(scores, columns, strict=True)]
@@ -151,7 +151,7 @@ def _print_answers(answers: dict[str, list[Json]], texts: dict[str, str]) -> Non
 
 
 def _check_in_interpreter(folder: Path) -> Json | None:
-    """``check`` in float16, as on a GPU, in a process that interprets the Triton kernels; None without Triton."""
+    """Run ``check`` in float16, as on a GPU, in a process that interprets the kernels; return None without Triton."""
     if not HAS_TRITON:
         print("\nTriton is not installed, so its kernels were not tried.")
         return None

@@ -1,4 +1,4 @@
-"""Versions, device, and which path serves which dtype and shape, with the reason."""
+"""Show the versions, the device, and the path that serves each dtype and shape, with the reason."""
 
 import argparse
 import platform
@@ -76,21 +76,21 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name:<10} {path}")
         print()
     if result["choices"] is None:
-        print("What a GPU would choose: python -m bert_fused info --arch 90")
+        print("To see what a GPU would choose: python -m bert_fused info --arch 90")
     else:
         _print_choices(result["choices"])
     return 0
 
 
 def _launches() -> str:
-    """How the installed Triton launches kernels."""
+    """Say how the installed Triton launches kernels."""
     if not HAS_TRITON:
         return "none: Triton is not installed"
     return "Triton's C launcher directly" if plan.LAUNCHER_IS_KNOWN else plan.SLOW_LAUNCHES
 
 
 def _choices(arch: int, device: str, dtypes: tuple[torch.dtype, ...], shapes: Sequence[Sizes] | None = None) -> Json:
-    """The configuration of each shape on a GPU of this architecture and name, as JSON's types."""
+    """Return the configuration of each shape on a GPU of this architecture and name, as JSON's types."""
     rows = []
     for dtype in dtypes:
         name = _name(dtype)

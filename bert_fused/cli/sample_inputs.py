@@ -14,7 +14,7 @@ from .common import CommandError, Tokenizer
 
 
 def docstrings(limit: int) -> list[tuple[str, str]]:
-    """``limit`` public docstrings spread evenly over the standard library, as (dotted name, text).
+    """Return ``limit`` public docstrings, spread evenly over the standard library, as (dotted name, text).
 
     Raises:
         CommandError: this Python has none.
@@ -26,7 +26,7 @@ def docstrings(limit: int) -> list[tuple[str, str]]:
 
 @functools.cache
 def _library() -> list[tuple[str, str]]:
-    """Every docstring, once, as (dotted name, text); parsing takes a second."""
+    """Return every public docstring once, as (dotted name, text); parsing takes a second."""
     found: dict[str, str] = {}
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted([*root.glob("*.py"), *root.glob("[a-z]*/__init__.py")]):
@@ -52,7 +52,7 @@ def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str], device: torch.device, max_tokens: int) -> dict[str, Tensor]:
-    """A batch as long as its longest text, with padding behind the others; each name's tensor is ``[B, S]``."""
+    """Return a batch as long as its longest text, with padding behind the others; every tensor is ``[B, S]``."""
     batch = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -60,7 +60,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], device: torch.device, max_t
 def sample_for(
     model: nn.Module, tokenizer: Tokenizer | None, texts: list[str], max_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
-    """Arguments for a call of ``model``, one row for each text, and a description of them for people.
+    """Return the arguments for a call of ``model``, one row for each text, and a description of them for people.
 
     The texts go through the tokenizer; without one the ids are random. Models of pictures get random pixels.
 
@@ -81,7 +81,7 @@ def sample_for(
         raise CommandError(f"{type(model).__name__} takes {takes}, for which there is no sample")
     longest = min(max_tokens, getattr(config, "max_position_embeddings", max_tokens))
     if tokenizer is None:
-        # RoBERTa counts positions from its padding id on, so that two of them are no token's.
+        # RoBERTa counts positions from after its padding id, so that no token can have the first two.
         inputs = _random_ids(config, len(texts), max(1, longest - 2), generator)
         inputs = {name: tensor.to(parameter.device) for name, tensor in inputs.items()}
         what = "random ids, since the folder has no tokenizer"
@@ -107,7 +107,7 @@ def _random_pixels(config: Any, rows: int, generator: torch.Generator) -> Tensor
 
 
 def _random_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Rows of different length, with padding behind all but the first."""
+    """Return random ids and their mask: rows of different length, with padding behind all but the first."""
     pad = getattr(config, "pad_token_id", None) or 0
     ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator)
     ids = torch.where(ids == pad, (ids + 1) % config.vocab_size, ids)

@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
                     export(arguments.export, gpu, entries, source)
     print(f"\n{len(entries)} of {len(todo)} shapes measured in {time.monotonic() - start:.0f} s")
     if len(entries) < len(todo):
-        print("run it again for the rest, which then goes first")
+        print("run it again to measure the rest, which then comes first")
     for name, reasons in failures.items():
         print(f"{name} failed at {len(reasons)} shapes: {reasons[0]}", file=sys.stderr)
     if problem:
@@ -124,18 +124,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shapes_to_measure(arguments: argparse.Namespace) -> list[Shape]:
-    """Raises CommandError for one that tune cannot serve, and for a file that cannot be exported to."""
+    """Return the shapes asked for; raise CommandError if one offers no choice, or if --export's folder is missing."""
     todo = [Shape(M, N, K, dtype) for M, N, K in arguments.shapes or bert.all_shapes() for dtype in arguments.dtypes]
     for shape in todo:
         if not bert.aligned(shape.N, shape.K, shape.dtype):
-            raise CommandError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries, there is no choice")
+            raise CommandError(f"{shape}: cuBLAS serves rows that are not on 16-byte boundaries; nothing to choose")
     if arguments.export is not None and not arguments.export.resolve().parent.is_dir():
         raise CommandError(f"there is no folder {arguments.export.resolve().parent} to export to")
     return todo
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU to measure; raises CommandError where there is none."""
+    """Return the GPU to measure; raise CommandError if there is none."""
     kind, _, index = name.partition(":")
     if kind != "cuda" or not torch.cuda.is_available():
         raise CommandError("tuning needs an NVIDIA GPU, and there is none that PyTorch can use")
@@ -195,7 +195,7 @@ def describe(outcome: Outcome | NotMeasured) -> str:
 
 
 def entry_of(shape: Shape, outcome: Outcome) -> Entry:
-    """The table's entry for a shape, with the medians that decided."""
+    """Return the table's entry for a shape, with the medians that decided."""
     times = [outcome.times[name] for name in (str(outcome.config), _library(outcome), EAGER)]
     us, library_us, eager_us = (round(microseconds, 3) for microseconds in times)
     measured = Measured(us, library_us, eager_us, str(datetime.date.today()), versions())
@@ -233,7 +233,7 @@ def versions() -> str:
 
 
 def commit() -> str:
-    """This package's commit ($COMMIT, or of its checkout), else its version."""
+    """Return this package's commit ($COMMIT, or its checkout's), else its version."""
     root = Path(bert_fused.__file__).resolve().parents[1]
     found = os.environ.get("COMMIT", "")
     if not found and (root / ".git").exists():

@@ -1,4 +1,4 @@
-"""Whether a function computes ``act(x @ W.T + b)``: a rival is checked before it is timed."""
+"""Check that a function computes ``act(x @ W.T + b)``, before it is timed."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from ..reference import error_bound, linear_act, rms_error
 
 LinearAct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# In 16 bits a result may be as far from fp64 as eager's, and no further; 1.001 allows for ties.
+# A result outside the bound may be as far from fp64 as eager's, and no further; 1.001 allows for ties.
 EAGER_RATIO = 1.001
 
 
 def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float]:
-    """The errors of ``function(x, weight, bias)`` against fp64, after two tests.
+    """Return the errors of ``function(x, weight, bias)`` against fp64 if it passes two tests.
 
     On a sweep of pre-activations that every dtype (and TF32) holds exactly, each result must be within the promised
     bound, which tells tanh GELU from erf. On the given data results must be within it, or no worse than eager's.
@@ -39,12 +39,12 @@ def check(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """The rows that enter the product: all of ``[M, K]``, the first of each sequence of ``[B, S, K]`` (the pooler)."""
+    """Return the rows that enter the product: all of ``[M, K]``, or each sequence's first of ``[B, S, K]`` (pooler)."""
     return x[:, 0] if x.dim() == 3 else x
 
 
 def _errors(function: LinearAct, activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float, int]:
-    """Largest error, RMS error, and how many elements break the promised bound."""
+    """Return the largest error, the RMS error, and how many elements break the promised bound."""
     rows = rows_of(x)
     exact = linear_act(rows.double(), weight.double(), bias.double(), activation)
     bound = error_bound(rows, weight, bias, activation, exact, x.dtype)

@@ -1,4 +1,4 @@
-"""Which configurations are worth timing for a shape. Pure Python: needs neither Triton nor a GPU.
+"""Propose the configurations worth timing for a shape. Pure Python: needs neither Triton nor a GPU.
 
 The compiler does not spill with these tiles (tested for sm_80, sm_89, sm_90 and sm_100). A cycle model orders them;
 nothing here was measured on a GPU.
@@ -15,7 +15,7 @@ from ..kernels.lookup import get_config
 # (block_m, block_n, block_k in 16 bits, warps, stages).
 Tile = tuple[int, int, int, int, int]
 
-# mma.sync serves tiles below 64 rows on every architecture: narrow ones, so that enough blocks stream the weight.
+# mma.sync serves tiles below 64 rows on every architecture. They are narrow, so that enough blocks stream the weight.
 SMALL_TILES: tuple[Tile, ...] = (
     (16, 16, 128, 4, 4),
     (16, 32, 128, 4, 4),
@@ -45,13 +45,17 @@ TMA_TILES: tuple[Tile, ...] = (
     (256, 128, 64, 8, 3),
 )
 POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
-# Tiles that get 8 warps on some architectures: with 4 a thread is given too few registers (the second: by Triton 3.9).
+# Tiles that get 8 warps on these architectures: with 4 a thread gets too few registers (the second: with Triton 3.9).
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
 
 
 @dataclass(frozen=True)
 class Chip:
-    """ghz: boost. Per SM and clock: multiply-adds counted twice in 16 bits, and bytes from the device's memory."""
+    """A GPU in the cycle model.
+
+    ghz: boost clock. matrix: 16-bit operations per SM and clock, two for a multiply-add. memory: bytes from the
+    device's memory per SM and clock.
+    """
 
     sms: int
     ghz: float
@@ -73,7 +77,7 @@ EPILOGUE, ISSUE = 12, 128
 
 
 def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
-    """Configurations of ``[M, K] @ [N, K].T`` to time on an architecture, most promising first.
+    """Return configurations of ``[M, K] @ [N, K].T`` to time on an architecture, most promising first.
 
     The configuration that lookup would choose comes first, the library is always among them, and all fit the chip's
     shared memory. The order is the same in every process.
@@ -113,7 +117,7 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
             continue
         plain = config("tma", tile)
         yield plain
-        # A grid that outlives its tiles pays only where each block has several.
+        # Persistent blocks pay only if each has several tiles.
         if _tiles(plain, M, N) > 2 * chip_of(arch).sms:
             # In two slices the widest tile spills on sm_100 with Triton 3.8 and 3.9.
             in_two = tile[1] == 128 or (tile[1] == 256 and arch < 100)
@@ -123,7 +127,7 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
 
 
 def _interpreted(M: int, dtype: str) -> Iterator[Config]:
-    """A few that the interpreter runs quickly, so that tuning can be rehearsed without a GPU."""
+    """Yield a few configurations that the interpreter runs quickly, to rehearse tuning without a GPU."""
     plain = default_config(M, dtype, 0)
     yield plain
     yield dataclasses.replace(plain, block_m=32)
@@ -143,9 +147,9 @@ def _itemsize(config: Config) -> int:
 
 
 def shared_bytes(config: Config, arch: int) -> int:
-    """Shared memory of a block, at most 1 KB too much; tests/kernel/test_compile.py asks the compiler."""
+    """Return the bytes of shared memory of a block, at most 1 KB too much; tests/kernel/test_compile.py checks it."""
     operands = (config.block_m + config.block_n) * config.block_k * _itemsize(config)
-    # wgmma and its successor read their operands where they land; mma.sync keeps one set in registers.
+    # wgmma and its successor read their operands from shared memory; mma.sync keeps one set in registers.
     in_place = 90 <= arch < 120 and config.block_m >= 64
     pipeline = operands * (config.num_stages if in_place else max(config.num_stages - 1, 1))
     store = config.block_m * config.block_n // config.subtiles * _itemsize(config) if config.persistent else 0
@@ -153,10 +157,10 @@ def shared_bytes(config: Config, arch: int) -> int:
 
 
 def resident_blocks(config: Config, arch: int) -> int:
-    """How many blocks an SM holds, by shared memory and an estimate of registers; at least 1."""
+    """Return how many blocks an SM holds, by shared memory and an estimate of registers; at least 1."""
     threads = 32 * config.num_warps
     sums = config.block_m * config.block_n // threads
-    # Pointers, masks and, in TF32, converted operands come on top; fitted to what is compiled for sm_80 to sm_120.
+    # Pointers, masks and, in TF32, converted operands come on top; fitted to kernels compiled for sm_80 to sm_120.
     held = {"tma": 1.0, "pointer": 3.0 if config.dtype == "tf32" else 1.6}[config.kernel]
     registers = min(255, int(sums * held) + 64)
     by_memory = SHARED_MEMORY.get(arch, 101376) // shared_bytes(config, arch)
@@ -164,7 +168,7 @@ def resident_blocks(config: Config, arch: int) -> int:
 
 
 def step_clocks(config: Config, arch: int) -> float:
-    """Clocks of one step of the loop over K by the model: the dearest of matrix product, L2 and shared memory."""
+    """Return the modelled clocks of one step of the loop over K: the most of matrix product, L2 and shared memory."""
     chip = chip_of(arch)
     itemsize = _itemsize(config)
     rate = chip.matrix * 2 / itemsize
@@ -185,7 +189,7 @@ def step_clocks(config: Config, arch: int) -> float:
 
 
 def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
-    """Clocks of a launch by a model of matrix rate, L2, memory, latency and overlap. For ranking, not for reports."""
+    """Return a launch's clocks, modelled by matrix rate, L2, memory, latency and overlap: to rank, not to report."""
     chip = chip_of(arch)
     itemsize = _itemsize(config)
     steps = math.ceil(K / config.block_k)

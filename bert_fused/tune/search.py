@@ -1,4 +1,4 @@
-"""One shape of ``tune``: its candidates are checked against fp64, timed in turns beside eager, and one is chosen."""
+"""Measure one shape for ``tune``: check its candidates against fp64, time them in turns with eager, and choose one."""
 
 import functools
 import time
@@ -21,9 +21,9 @@ if HAS_TRITON:
 
 ROUNDS = 20
 MIN_ROUNDS = 5
-# A candidate is timed no further if its first samples take this many times as long as the best's so far.
+# A candidate is timed no further if its first samples take more than this many times as long as the best's so far.
 HOPELESS = 1.25
-# Candidates are equal if the interval of their ratio contains 1 and their medians are no further apart than this.
+# Candidates are equal if the interval of their ratio contains 1 and the ratio itself is at least this.
 EQUAL = 0.98
 # At most this many rows are checked: fp64 takes time and memory.
 CHECKED_ROWS = 4096
@@ -61,7 +61,7 @@ class Outcome:
     config: the chosen configuration.
     times: median microseconds per call by ``str(config)``, and of ``EAGER``, for those that were timed in all rounds.
     failed: by the same names, the error that a candidate raised, wrong numbers included.
-    unseen: how many candidates there was no time for.
+    unseen: how many candidates were not tried for lack of time.
     """
 
     config: Config
@@ -79,16 +79,16 @@ class Budget:
 
     @property
     def end_of_rounds(self) -> float:
-        """Leaves time to compile the chosen candidate once more, and to check it twice."""
+        """When rounds end: early enough to compile the chosen candidate once more, and to check it twice."""
         return self.deadline - 2 * self.longest
 
     def suffices(self) -> bool:
-        """Whether one more candidate can be prepared."""
+        """Return whether one more candidate can be prepared."""
         return time.monotonic() + self.longest <= self.end_of_rounds
 
 
 class NotMeasured(Exception):
-    """The message says why a shape has no result."""
+    """A shape has no result; the message says why."""
 
 
 class Refused(Exception):
@@ -111,11 +111,11 @@ def tune_shape(
 ) -> Outcome:
     """Choose among ``candidates``, which are in order of preference, and the library; eager PyTorch is timed as well.
 
-    trial: runs candidates first; None: they run in this process, as the library does.
+    trial: runs each candidate for the first time; None: that happens in this process, as for the library.
 
     Raises:
         NotMeasured: eager or the library failed, or there is no time to compare them with a candidate.
-        GpuUnusable: a candidate broke it.
+        GpuUnusable: a candidate broke the GPU.
     """
     library = Config("library", shape.dtype)
     configs = dict.fromkeys((library, *candidates))
@@ -148,7 +148,7 @@ def tune_shape(
                 budget.longest = max(budget.longest, time.monotonic() - begin)
         if unseen and len(rivals) - unseen <= len(bars):
             raise NotMeasured("out of time")
-        # Early candidates were compared with fewer others.
+        # An early candidate was compared only with those before it.
         limit = HOPELESS * min(first.values())
         finalists = {name: sampler for name, sampler in samplers.items() if name in bars or first[name] <= limit}
         samples = interleave(finalists, rounds=ROUNDS, deadline=budget.end_of_rounds)
@@ -167,7 +167,7 @@ def _rival(shape: Shape, config: Config | None) -> LinearAct:
 
 
 def _attempt(shape: Shape, data: Data, trial: Trial | None, config: Config | None, training: bool) -> None:
-    """Raise what a rival raises at its first run; None is eager."""
+    """Run and check a rival, and raise what it raises. config: None is eager."""
     if config is None:
         check(_rival(shape, None), shape.activation, *data)
     elif trial is None or config.kernel == "library":
@@ -183,7 +183,7 @@ def _pick_trainable(
     failed: dict[str, str],
     device: torch.device,
 ) -> Config:
-    """The best of ``timed`` that also keeps the pre-activation; those that fail at it are removed."""
+    """Return the best of ``timed`` that can also save the pre-activation; remove those that fail at it."""
     while True:
         config = pick(timed, eager)
         with _recording(failed, str(config), device):
@@ -196,9 +196,9 @@ def _pick_trainable(
 
 
 def pick(samples: Mapping[Config, Sequence[float]], eager: Sequence[float]) -> Config:
-    """The first of ``samples`` that is the fastest by median, or cannot be told from the fastest.
+    """Return the first of ``samples`` that is the fastest by median, or cannot be told from the fastest.
 
-    The library must come first. It is chosen as well if eager PyTorch beats the fastest: eager is no configuration, and
+    The library must come first. It is also chosen if eager PyTorch beats the fastest: eager is no configuration, and
     the library is nearest to it.
     """
     library = next(iter(samples))
@@ -214,12 +214,12 @@ def _equal(fastest: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def make_buffers(shape: Shape, device: torch.device, sets: int | None = None) -> list[Data]:
-    """Sets of x, weight and bias; by default so many that a set has left the cache before its next turn."""
+    """Return sets of x, weight and bias; by default so many that each has left the cache before its next turn."""
     dtype = torch.float32 if shape.dtype == "tf32" else getattr(torch, shape.dtype)
     g = torch.Generator(device).manual_seed(0)
 
     def normal(scale: float, *sizes: int) -> Tensor:
-        # What bfloat16 holds, TF32 holds too: its products are exact then, and fp32's bound can judge them.
+        # TF32 holds bfloat16 numbers exactly, so its products are exact and fp32's bound can judge them.
         return (scale * torch.randn(*sizes, device=device, generator=g)).bfloat16().to(dtype)
 
     if sets is None:
@@ -238,7 +238,7 @@ def _fused(
     save_preact: bool = False,
     which: int = 0,
 ) -> Tensor:
-    """One of the kernel's outputs: 0 is the result, 1 the pre-activation."""
+    """Return one of the kernel's outputs: 0 is the result, 1 the pre-activation."""
     output = linear_act_fwd(x, weight, bias, activation=activation, save_preact=save_preact, config=config)[which]
     assert output is not None
     return output
@@ -246,9 +246,9 @@ def _fused(
 
 @torch.no_grad()
 def first_run(shape: Shape, config: Config, training: bool, device: torch.device) -> None:
-    """Raise what a configuration raises that fails at a shape or computes wrong numbers there.
+    """Run a configuration at a shape for the first time; raise if it fails or computes wrong numbers.
 
-    Numbers are checked on the first rows; a hang may need them all.
+    Only the first rows' numbers are checked, but all rows are run, since a hang may need them all.
     """
     with fp32_products(shape.dtype):
         ((x, weight, bias),) = make_buffers(shape, device, sets=1)
@@ -258,7 +258,7 @@ def first_run(shape: Shape, config: Config, training: bool, device: torch.device
 
 
 def check_config(config: Config, activation: str, x: Tensor, weight: Tensor, bias: Tensor, *, training: bool) -> None:
-    """Raise what a configuration raises, or ValueError if its result, or in training its pre-activation, is wrong."""
+    """Check a configuration: raise its own error, or ValueError if its result is wrong, or in training its preact."""
     if not training:
         check(functools.partial(_fused, activation=activation, config=config), activation, x, weight, bias)
         return
@@ -289,7 +289,7 @@ def _recording(failed: dict[str, str], name: str, device: torch.device) -> Itera
 
 @contextmanager
 def fp32_products(dtype: str) -> Iterator[None]:
-    """Multiply fp32 matrices in TF32 if ``dtype`` is "tf32", else in IEEE fp32: torch's own setting, eager's too."""
+    """Multiply fp32 matrices in TF32 if ``dtype`` is "tf32", else in IEEE fp32. This sets torch, so eager as well."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:

@@ -1,4 +1,4 @@
-"""Candidates run for the first time in a child process: one that hangs or breaks the GPU costs itself, not the tuner.
+"""Run candidates for the first time in a child process, so that one that hangs or breaks the GPU spares the tuner.
 
 One child tries candidates one after another. A candidate that kills, hangs or breaks it is tried no more, and another
 child goes on.
@@ -15,25 +15,25 @@ import torch
 from ..kernels.configs import Config
 from .search import GpuUnusable, Refused, Shape, first_run, in_one_line
 
-# Seconds for a candidate, most of them to compile it, and for a child to import torch and find the GPU.
+# Seconds that a candidate may take, most of them to compile, and a child to import torch and find the GPU.
 LIMIT = 30.0
 STARTING = 120.0
-# Seconds for the system to end a child: it must stop a kernel that hangs first.
+# Seconds that the system may take to end a child: it must first stop a kernel that hangs.
 ENDING = 10.0
 
 Work = Callable[[Shape, Config, bool, torch.device], None]
 
 
 class Trials(AbstractContextManager["Trials"]):
-    """A context manager; in it, call it with a shape, a candidate and whether the pre-activation is kept.
+    """A context manager to call with a shape, a candidate and whether to keep the pre-activation.
 
-    The call raises ``Refused`` if the candidate failed in the child, and ``GpuUnusable`` if no child can use the GPU.
+    A call raises ``Refused`` if the candidate failed in the child, and ``GpuUnusable`` if no child can use the GPU.
     work: called in the child; it raises if the candidate fails.
     """
 
     def __init__(self, device: torch.device, work: Work = first_run) -> None:
         self._device, self._work = device, work
-        self._fatal: dict[Config, str] = {}  # how each of these candidates ended a child
+        self._fatal: dict[Config, str] = {}  # how a candidate ended its child
 
     def __enter__(self) -> "Trials":
         self._start()
@@ -110,7 +110,7 @@ def _try(pipe: Connection, device: torch.device, work: Work) -> None:
         if device.type == "cuda":
             try:
                 torch.cuda.synchronize(device)
-                torch.cuda.empty_cache()  # the parent needs it
+                torch.cuda.empty_cache()  # the parent needs this memory
             except RuntimeError as fatal:
                 reason = reason or in_one_line(fatal)
                 is_usable = False
