@@ -122,8 +122,9 @@ def reading_reason(tensor: Tensor) -> str | None:
 def is_plain(x: Any, weight: Any, bias: Any) -> bool:
     """Return whether there are kernels, and no subclass, mode, transform, tracing, autocast or negated tensor.
 
-    Assumes that torch.compile and torch.export are not tracing. These are the checks of ``linear_act`` that do not
-    depend on dtype, device or shape, in the fewest steps. The plan's key tells lazily zero tensors apart.
+    Assumes that torch.compile and torch.export are not tracing. These are the checks of ``fallback_reason`` that do not
+    depend on dtype, device or shape, in the fewest steps: a new reason belongs into both. A lazily zero tensor passes;
+    its key has no plan.
     """
     return (
         HAS_TRITON

@@ -22,7 +22,7 @@ def linear_act(
     *,
     recompute_preact: bool = False,
 ) -> Tensor:
-    """Return ``act(x @ weight.T + bias)``, differentiable, in one kernel launch where a kernel serves.
+    """Return ``act(x @ weight.T + bias)``, differentiable, in one kernel launch where a fused kernel serves.
 
     Args:
         x: ``[..., K]``, any strides. fp16, bf16 and fp32 have kernels; other floating dtypes take the PyTorch path.

@@ -18,7 +18,7 @@ class Config:
     kernel: "pointer" and "tma" are one Triton launch that loads its tiles through pointers or through Hopper's tensor
     memory accelerator; "library" is cuBLAS (bias in its epilogue) and one activation pass.
     dtype: "float16", "bfloat16", "float32" (IEEE products) or "tf32" (fp32 tensors, TF32 products).
-    The rest describes a Triton kernel's tile, in powers of two, and is left out for "library".
+    The rest describes a Triton kernel's tile and is left out for "library".
     persistent: blocks per SM, each of which computes tile after tile; 0 launches a block per tile.
     subtiles: column slices in which a persistent block stores its tile: smaller buffers, more blocks per SM.
 

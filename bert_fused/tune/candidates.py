@@ -1,6 +1,6 @@
 """Propose the configurations worth timing for a shape. Pure Python: needs neither Triton nor a GPU.
 
-The compiler does not spill with these tiles (tested for sm_80, sm_89, sm_90 and sm_100). A cycle model orders them;
+The compiler does not spill with these tiles (tested for sm_80, 86, 89, 90, 100 and 120). A cycle model orders them;
 nothing here was measured on a GPU.
 """
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..kernels.configs import SHARED_MEMORY, Config, default_config
+from ..kernels.configs import SHARED_MEMORY, TMA_ARCHS, Config, default_config
 from ..kernels.lookup import get_config
 
 # (block_m, block_n, block_k in 16 bits, warps, stages).
@@ -99,7 +99,7 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
         block_k = block_k // 2 if dtype == "tf32" else block_k
         return Config(kernel, dtype, block_m, block_n, block_k, num_warps, num_stages)
 
-    tma = 90 <= arch < 120
+    tma = arch in TMA_ARCHS
     rows = 2 * max(M, 16)  # most rows of a taller tile would be past the end
     pointer_tiles = (*SMALL_TILES, *MIDDLE_TILES) if M <= 256 else MIDDLE_TILES
     if not tma:

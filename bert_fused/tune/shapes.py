@@ -8,8 +8,8 @@ Sizes = tuple[int, int, int]  # M, N, K
 # BertIntermediate's K and N; the pooler's N is its K.
 MODELS = {"MiniLM": (384, 1536), "BERT-base": (768, 3072), "BERT-large": (1024, 4096)}
 
-# Rows in order of rank, in which a budget is spent. Neighbours in size are a factor of 4 apart: kernels/lookup.py
-# lets a measured entry serve that far.
+# Rows in order of rank, in which a budget is spent. From 8 rows on, neighbours in size are a factor of 4 apart:
+# kernels/lookup.py lets a measured entry serve that far.
 _INTERMEDIATE_ROWS = (512, 8192, 2048, 32, 128, 32768, 8, 1)
 _POOLER_ROWS = (32, 8, 1, 128)
 

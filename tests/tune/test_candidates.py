@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bert_fused.kernels.configs import SHARED_MEMORY, Config
+from bert_fused.kernels.configs import SHARED_MEMORY, Config, unlaunchable
 from bert_fused.kernels.lookup import get_config
 from bert_fused.tune.candidates import candidates, modelled_clocks, resident_blocks, shared_bytes
 
@@ -26,7 +26,14 @@ def test_candidates_fit_and_hold_lookups_choice_and_the_library(dtype: str, arch
                 assert config.dtype == dtype
                 if config.kernel != "library":
                     assert shared_bytes(config, arch) <= SHARED_MEMORY[arch], config
-                assert config.kernel != "tma" or 90 <= arch < 120
+                assert unlaunchable(config, arch) is None, config
+
+
+@pytest.mark.parametrize("arch", [87, 101, 103, 110, 121])
+def test_no_candidate_is_refused_by_lookup_on_architectures_without_a_table(arch: int) -> None:
+    """A table with one configuration that its GPU cannot launch is ignored as a whole."""
+    for config in candidates(8192, 3072, 768, "bfloat16", arch):
+        assert unlaunchable(config, arch) is None, config
 
 
 def test_tiles_that_spill_are_not_offered_where_they_do() -> None:
