@@ -12,14 +12,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 
 if __name__ == "__main__":
-    # Triton reads this when a kernel is decorated.
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is decorated
 
 import interpreter
 import numpy
@@ -43,12 +41,10 @@ from reference64 import (
 )
 from torch import Tensor
 
-from bert_fused import fallback, ops
+from bert_fused import fallback, ops, reference
 from bert_fused.kernels import lookup
 from bert_fused.kernels.configs import Config
 from bert_fused.kernels.elementwise import act_bwd
-from bert_fused.reference import GRAD_FROM_OUTPUT, act_grad
-from bert_fused.reference import linear_act as eager
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "numerics.md"
 M, N = 67, 136  # no multiples of a tile
@@ -108,14 +104,15 @@ def measure(dtype: torch.dtype, activation: str, K: int, function: Function = op
     exact = {"out": act64(preact, activation)}
     d_preact = d_out.double() * act_grad64(preact, activation)
     exact |= {"d_x": d_preact @ weight.double(), "d_weight": d_preact.t() @ x.double(), "d_bias": d_preact.sum(0)}
-    ours, theirs = (_run(f, (x, weight, bias), activation, d_out) for f in (function, eager))
+    ours, theirs = (_run(f, (x, weight, bias), activation, d_out) for f in (function, reference.linear_act))
     tanh = _run(function, (x, weight, bias), "gelu_tanh", d_out) if activation == "gelu" else {}
 
     if activation != "none":
-        saved = eager(x, weight, bias, activation if activation in GRAD_FROM_OUTPUT else "none")
+        kept = activation if activation in reference.GRAD_FROM_OUTPUT else "none"
+        saved = reference.linear_act(x, weight, bias, kept)
         exact["d_preact"] = d_out.double() * saved_grad64(saved, activation)
         ours["d_preact"] = act_bwd(d_out, saved, activation=activation, bias_grad=False)[0]
-        theirs["d_preact"] = act_grad(d_out, saved, activation)
+        theirs["d_preact"] = reference.act_grad(d_out, saved, activation)
         if tanh:
             tanh["d_preact"] = act_bwd(d_out, saved, activation="gelu_tanh", bias_grad=False)[0]
 
@@ -274,7 +271,7 @@ def large_tiles(M: int, dtype: str, arch: int) -> Config:
     return Config("pointer", dtype, 64, 128, 128, num_warps=1, num_stages=1)
 
 
-def prepared() -> AbstractContextManager[Any]:
+def prepared() -> AbstractContextManager[object]:
     """The interpreter as the tests have it, with large tiles."""
     interpreter.install()
     fallback.INTERPRETER_DTYPES = fallback.KERNEL_DTYPES
