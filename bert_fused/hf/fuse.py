@@ -4,8 +4,9 @@ A module is fused by assigning its ``__class__``: parameters, hooks, keys and id
 """
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from ..unpad.attention import FusedAttention, FusedSelfAttention
+from ..unpad.encoder import FusedEncoder
 from ..unpad.hooks import add_hooks, remove_hooks
 from ..unpad.sites import EncoderSite, encoder_sites, settings
 from . import modules
@@ -20,11 +22,12 @@ from .checks import path_of, step_aside_reason
 from .recognize import lookalike_reason
 
 _lock = threading.Lock()
+_fuse_count = itertools.count(1)
 
 _MATCHED_BY_NAME = "its class is named in _no_split_modules"
 
 # Attributes that ``fuse`` sets on instances where they differ from the class's.
-_OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only", "under_head")
+_OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only", "under_head", "fuse_count")
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,14 @@ class _Change(NamedTuple):
     site: EncoderSite | None = None
 
 
-def _apply(changes: Iterable[_Change]) -> None:
+def _apply(changes: Sequence[_Change]) -> None:
     with _lock:
+        _drop_options(change.module for change in changes)
         for module, kind, options, site in changes:
-            for name in _OPTIONS:
-                module.__dict__.pop(name, None)
-            module.__dict__.update(options)
             module.__class__ = kind
+            module.__dict__.update(options)
+            if issubclass(kind, FusedEncoder):
+                module.__dict__["fuse_count"] = next(_fuse_count)
             if site is not None and options:
                 add_hooks(site.hooked)
             elif site is not None:
@@ -277,10 +281,16 @@ def _restore(candidates: Iterable[nn.Module]) -> None:
             if modules.wrapped_class(module) is not None:
                 kind = type(module).__name__
                 raise RuntimeError(f"fully_shard made it a {kind}, which it must stay: unfuse before fully_shard")
+        _drop_options(module for module, _ in fused_ones)
         for module, original in fused_ones:
             module.__class__ = original
-            for name in _OPTIONS:
-                module.__dict__.pop(name, None)
+
+
+def _drop_options(fused_ones: Iterable[nn.Module]) -> None:
+    """Take the options off all modules before the class of any is changed: an encoder without them runs dense."""
+    for module in fused_ones:
+        for name in _OPTIONS:
+            module.__dict__.pop(name, None)
 
 
 def _check(model: nn.Module) -> None:

@@ -60,6 +60,8 @@ class FusedEncoder(nn.Module):
     unpad = False
     cls_only: CLSOnly = False
     under_head = False
+    # Another number after every ``fuse``; 0 while a thread changes the attentions.
+    fuse_count = 0
 
     def forward(self, *args: object, **kwargs: object) -> object:
         request = kwargs.pop(REQUEST, None)
@@ -95,10 +97,11 @@ def _run(
     ):
         return None
 
+    fuse_count = getattr(encoder, "fuse_count", 0)
     packing = _packing(request, hidden)
     # For position 0 only the first row of Hugging Face's mask is needed; it has rows if it has four dimensions.
     only_first = request.only_first and (packing is not None or mask is None or mask.dim() == 4)
-    if (packing is None and not only_first) or layers_reason(encoder, swapped=True) is not None:
+    if (packing is None and not only_first) or not fuse_count or layers_reason(encoder, swapped=True) is not None:
         return None
 
     given["hidden_states"] = hidden if packing is None else packing.pack(hidden)[None]
@@ -113,8 +116,8 @@ def _run(
         _log_dense(str(reason))
         return None
     except Exception:
-        # Another thread may have unfused the attentions meanwhile; Hugging Face's take no ``EncoderMask``.
-        if layers_reason(encoder, swapped=True) is None:
+        # Another thread may have changed the attentions meanwhile; Hugging Face's take no ``EncoderMask``.
+        if getattr(encoder, "fuse_count", 0) == fuse_count:
             raise
         return None
 

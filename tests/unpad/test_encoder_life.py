@@ -223,3 +223,22 @@ def test_hooks_called_without_keyword_arguments_run_dense() -> None:
 
 def test_sentence_transformers_hook_without_keyword_arguments_does_nothing() -> None:
     assert sentence_transformer_pre_hook(nn.Identity(), ({},)) is None
+
+
+def test_a_model_unfused_and_fused_again_during_a_call_gives_the_same_result(monkeypatch) -> None:
+    """As other threads would: the second layer is Hugging Face's, and when it fails the model is fused again."""
+    model, theirs = pair(NAME)
+    attend, second = Packing.attend, model.bert.encoder.layer[1].attention.self
+
+    def fuse_again(module, args):
+        module._forward_pre_hooks.clear()
+        fuse(model, unpad=True)
+
+    def unfuse_first(packing, *args, **options):
+        monkeypatch.setattr(Packing, "attend", attend)
+        unfuse(model)
+        second.query.register_forward_pre_hook(fuse_again)
+        return attend(packing, *args, **options)
+
+    monkeypatch.setattr(Packing, "attend", unfuse_first)
+    assert compare(model, theirs) == PACKED[:1]
