@@ -27,19 +27,29 @@ class Compiled:
     ptxas: str
 
 
-def compile_linear(config: Config, arch: int, *, activation: str, save_preact: bool = True, rows: int = 17) -> Compiled:
-    """Compile the forward kernel for 16-byte aligned tensors with K a multiple of the tile, as BERT's are.
+def compile_linear(
+    config: Config,
+    arch: int,
+    *,
+    activation: str,
+    save_preact: bool = True,
+    bias: bool = True,
+    even_k: bool = True,
+    rows: int = 17,
+) -> Compiled:
+    """Compile the forward kernel for tensors whose rows are contiguous and whose sizes are multiples of 16.
 
-    rows: one of ``ROWS``, which stands for all numbers of rows that Triton specialises alike.
+    even_k: K is a multiple of the tile, as BERT's are. rows: one of ``ROWS``, which stands for all numbers of rows that
+    Triton specialises alike.
     """
     tma = config.kernel == "tma"
     constants: dict[str, Any] = {
         "stride_xk": 1,
         "stride_wk": 1,
         "ACTIVATION": activation,
-        "HAS_BIAS": True,
+        "HAS_BIAS": bias,
         "SAVE_PREACT": save_preact,
-        "EVEN_K": True,
+        "EVEN_K": even_k,
         "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
         "TMA": tma,
         "BLOCK_M": config.block_m,
@@ -51,6 +61,9 @@ def compile_linear(config: Config, arch: int, *, activation: str, save_preact: b
     }
     if rows == 1:
         constants["M"] = 1
+    # None is a constant for Triton, as in a real launch.
+    constants |= {} if bias else {"bias_ptr": None}
+    constants |= {} if save_preact else {"preact_ptr": None}
     tiles = {
         "x_ptr": (config.block_m, config.block_k),
         "w_ptr": (config.block_n, config.block_k),

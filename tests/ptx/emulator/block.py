@@ -1,0 +1,317 @@
+"""A block of threads that executes a kernel.
+
+As long as all threads are at one instruction, they go on together. After a branch that only some take, each thread has
+its own place, and the lowest goes on first, until all are together again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .arithmetic import Operands, Source, keep, results
+from .clocks import Clocks
+from .copies import AsyncCopies, BulkCopies, Mbarriers
+from .instructions import Effect, Reader, effect
+from .matrices import TensorMemory, Wgmma
+from .memory import Memory
+from .numbers import Array
+from .parse import Instruction, Program, PTXError, Reports, parse
+from .shared import SharedMemory
+from .tensor_map import TensorMap
+
+# Instructions that decide where to go on; ``Block`` knows them by name.
+_CONTROL = ("bra", "ret", "bar", "mbarrier.try_wait")
+
+
+@dataclass
+class Run:
+    """Arithmetic instructions without a guard, done by one function. stop: the index after the last."""
+
+    function: Callable[..., None]
+    stop: int
+    registers: frozenset[int]
+    written: frozenset[int]
+
+
+@dataclass
+class Kernel:
+    """A program ready to be executed. runs: by the index of the first instruction."""
+
+    program: Program
+    operands: Operands
+    runs: dict[int, Run] = field(default_factory=dict)
+    effects: dict[int, Effect] = field(default_factory=dict)
+    uses_wgmma: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> "Kernel":
+        """Translate a PTX module. Raises ``PTXError`` if an instruction is not emulated."""
+        program = parse(text)
+        kernel = cls(program, Operands(program))
+        kernel.uses_wgmma = any(ins.parts[0] == "wgmma" for ins in program.code)
+        targets = set(program.labels.values())
+        start, source = 0, Source(kernel.operands)
+        for index, ins in enumerate(program.code):
+            computed = None if _is_control(ins) else results(ins, kernel.operands)
+            if index in targets or computed is None or ins.guard is not None:
+                kernel._end_run(start, index, source)
+                start, source = index, Source(kernel.operands)
+            if computed is not None and ins.guard is None:
+                source.add(computed)
+                continue
+            start = index + 1
+            if computed is None and not _is_control(ins):
+                kernel.effects[index] = effect(ins, kernel.operands)
+        return kernel
+
+    def _end_run(self, start: int, stop: int, source: Source) -> None:
+        if stop > start:
+            registers = frozenset().union(*(ins.registers for ins in self.program.code[start:stop]))
+            self.runs[start] = Run(source.compile(), stop, registers, frozenset(source.written))
+
+    def effect(self, index: int) -> Effect:
+        """Return what one instruction does; an arithmetic one is translated when it is first asked for."""
+        if index not in self.effects:
+            source = Source(self.operands, masked=True)
+            source.add(results(self.program.code[index], self.operands) or [])
+            function, written = source.compile(), source.written
+
+            def compute(block: "Block", mask: Array | None) -> None:
+                function(block, block.registers, mask)
+                block.wgmma.unfenced |= written
+
+            self.effects[index] = compute
+        return self.effects[index]
+
+
+def _is_control(ins: Instruction) -> bool:
+    return ins.op.startswith(_CONTROL)
+
+
+class Block:
+    """One block of a launch. Executing it fills ``reports`` and the memory."""
+
+    def __init__(
+        self, kernel: Kernel, memory: Memory, arguments: list[int | TensorMap], shared: int, index: int, blocks: int
+    ) -> None:
+        """shared: bytes of shared memory. index, blocks: in a grid of one dimension."""
+        self.kernel, self.memory, self.arguments = kernel, memory, arguments
+        self.code, self.threads = kernel.program.code, kernel.program.threads
+        numbers = np.arange(self.threads)
+        self.lane, self.warp = numbers % 32, numbers // 32
+        self.every_warp = np.arange(self.threads // 32)
+        # A register is None until something is written to it.
+        self.registers: list[Array] = [None] * len(kernel.program.registers)  # type: ignore[list-item]
+        special = {"tid.x": numbers, "ctaid.x": index, "nctaid.x": blocks, "ntid.x": self.threads, "laneid": self.lane}
+        special |= {"ctaid.y": 0, "ctaid.z": 0, "nctaid.y": 1, "nctaid.z": 1, "tid.y": 0, "tid.z": 0}
+        self.special = {f"%{name}": np.full(self.threads, value, np.uint32) for name, value in special.items()}
+        self.reports = Reports()
+        self.clocks = Clocks(self.threads // 32)
+        self.shared = SharedMemory(shared, self.clocks, self.reports)
+        self.copies = AsyncCopies(memory, self.shared, self.clocks)
+        self.barriers = Mbarriers(self.shared, self.clocks, self.reports)
+        self.bulk = BulkCopies(memory, self.shared, self.barriers, self.clocks)
+        self.wgmma = Wgmma(self.registers, self.shared, self.clocks, self.reports)
+        self.tensor_memory = TensorMemory(self.shared, self.barriers, self.clocks, self.reports)
+        self.alive = np.ones(self.threads, bool)
+        self.waiting = np.zeros(self.threads, bool)
+
+    # ------------------------------------------------------------------------------------------- for the instructions
+
+    def pick(self, mask: Array | None, *arrays: Array) -> tuple[Array, ...]:
+        """Return the elements of the acting threads."""
+        return arrays if mask is None else tuple(array[mask] for array in arrays)
+
+    def warps(self, mask: Array | None) -> Array:
+        """Return the warps with acting threads."""
+        return self.every_warp if mask is None else np.unique(self.warp[mask])
+
+    def put(self, number: int, values: Array, mask: Array | None, *, picked: bool = False) -> None:
+        """Set a register of the acting threads. picked: values has elements for these only."""
+        if number < 0:
+            return
+        if picked and mask is not None:
+            spread = np.zeros(self.threads, values.dtype)
+            spread[mask] = values
+            values = spread
+        self.registers[number] = keep(mask, np.ascontiguousarray(values), self.registers[number])
+        if self.kernel.uses_wgmma:
+            self.wgmma.unfenced.add(number)
+
+    # --------------------------------------------------------------------------------------------------------- control
+
+    def run(self) -> None:
+        """Execute until every thread has returned. Raises ``PTXError``."""
+        with np.errstate(all="ignore"):
+            places = self._together(0)
+            while places is not None:
+                together = self._apart(places)
+                places = None if together is None else self._together(together)
+        self._finish()
+
+    def _together(self, at: int) -> Array | None:
+        """Execute from an instruction until threads part; return where each is then, or None at the end."""
+        runs, code = self.kernel.runs, self.code
+        while True:
+            run = runs.get(at)
+            if run is not None:
+                self._arithmetic(run, at)
+                at = run.stop
+                continue
+            ins = code[at]
+            if ins.parts[0] == "bra":
+                taken = self._guard(ins, None)
+                if taken is None or taken.all():
+                    at = self._target(ins)
+                elif not taken.any():
+                    at += 1
+                else:
+                    return np.where(taken, self._target(ins), at + 1)
+            elif ins.parts[0] == "ret":
+                if ins.guard is not None:
+                    raise ins.error("a guarded ret is not emulated")
+                return None
+            elif ins.parts[0] == "bar":
+                self._check_barrier(ins)
+                self.clocks.join()
+                at += 1
+            elif ins.parts[:2] == ["mbarrier", "try_wait"]:
+                if not self._wait(ins, None):
+                    raise ins.error("deadlock: the mbarrier's phase never completes")
+                at += 1
+            else:
+                self._effect(at, None)
+                at += 1
+
+    def _apart(self, places: Array) -> int | None:
+        """Execute while threads are at different instructions; return where they meet, or None at the end."""
+        while True:
+            ready = self.alive & ~self.waiting
+            if not self.alive.any():
+                return None
+            if not ready.any():
+                raise PTXError(f"deadlock: threads wait at lines {self._lines(places[self.alive])}")
+            # The lowest first; where a group waits for an mbarrier in vain, another goes on.
+            for at in np.unique(places[ready]):
+                acting = ready & (places == at)
+                if self._step(int(at), acting, places):
+                    break
+            else:
+                raise PTXError(f"deadlock: mbarriers never complete at lines {self._lines(places[ready])}")
+            if self.waiting.any() and (self.waiting == self.alive).all():
+                self.clocks.join()
+                places[self.waiting] += 1
+                self.waiting[:] = False
+            if self.alive.all() and not self.waiting.any() and (places == places[0]).all():
+                return int(places[0])
+
+    def _lines(self, places: Array) -> list[int]:
+        return sorted({self.code[at].line for at in places})
+
+    def _step(self, at: int, acting: Array, places: Array) -> bool:
+        """Execute one instruction for some threads and move their places on; return False where they must wait."""
+        ins = self.code[at]
+        places[acting] = at + 1
+        if ins.parts[0] == "bra":
+            taken = self._guard(ins, acting)
+            places[acting if taken is None else taken] = self._target(ins)
+        elif ins.parts[0] == "ret":
+            self.alive &= ~acting
+        elif ins.parts[0] == "bar":
+            self._check_barrier(ins)
+            places[acting] = at
+            self.waiting |= acting
+        elif ins.parts[:2] == ["mbarrier", "try_wait"]:
+            if not self._wait(ins, acting):
+                places[acting] = at
+                return False
+        else:
+            self._effect(at, acting)
+        return True
+
+    def _target(self, ins: Instruction) -> int:
+        return self.kernel.program.labels[ins.args[0]]
+
+    def _check_barrier(self, ins: Instruction) -> None:
+        if ins.op != "bar.sync" or ins.args != ["0"]:
+            raise ins.error(f"{ins.op} is not emulated for other barriers than 0 and for a part of the block")
+
+    def _guard(self, ins: Instruction, mask: Array | None) -> Array | None:
+        """Return which of the threads execute an instruction; None for all of the block."""
+        if ins.guard is None:
+            return mask
+        guard = self.registers[self.kernel.program.registers[ins.guard][1]]
+        guard = ~guard if ins.unless else guard
+        return guard if mask is None else guard & mask
+
+    def _wait(self, ins: Instruction, mask: Array | None) -> bool:
+        reader = Reader(ins, self.kernel.operands)
+        address = reader.address(ins.args[1], wide=False)(self)
+        parity = reader.get(ins.args[2], "u32")(self)
+        addresses, parities = self.pick(mask, address, parity)
+        if (addresses != addresses[0]).any() or (parities != parities[0]).any():
+            raise ins.error("threads wait for different phases")
+        done = self.barriers.wait(int(addresses[0]), int(parities[0]), self.warps(mask), ins)
+        if done:
+            self.put(self.kernel.operands.number(ins.args[0]), np.ones(self.threads, bool), mask)
+        return done
+
+    def _arithmetic(self, run: Run, at: int) -> None:
+        if self.wgmma.pending or self.tensor_memory.loading:
+            for ins in self.code[at : run.stop]:
+                self._check_registers(ins)
+        if self.kernel.uses_wgmma:
+            self.wgmma.unfenced |= run.written
+        try:
+            run.function(self, self.registers)
+        except (TypeError, AttributeError) as error:
+            raise self._unset(at, run.stop) from error
+
+    def _unset(self, start: int, stop: int) -> PTXError:
+        """Return the error of the first instruction that reads a register without a value."""
+        known = {number for number, register in enumerate(self.registers) if register is not None}
+        for ins in self.code[start:stop]:
+            if len(ins.registers - known) > len(ins.args[0].split("|")):
+                return ins.error("a register is read before it is written")
+            known |= ins.registers
+        return self.code[start].error("a register is read before it is written, here or soon after")
+
+    def _effect(self, at: int, mask: Array | None) -> None:
+        ins = self.code[at]
+        self._check_registers(ins)
+        if ins.converged and mask is not None:
+            warps = mask.reshape(-1, 32)
+            if (warps.any(1) != warps.all(1)).any():
+                self.reports.add("divergence", ins, "a warp's threads are apart")
+        mask = self._guard(ins, mask)
+        if mask is not None:
+            if not mask.any():
+                return
+            if mask.all():
+                mask = None
+        try:
+            self.kernel.effect(at)(self, mask)
+        except (TypeError, AttributeError) as error:
+            raise ins.error(f"a register is read before it is written ({error})") from error
+
+    def _check_registers(self, ins: Instruction) -> None:
+        pending, loading = self.wgmma.pending, self.tensor_memory.loading
+        if not (pending or loading) or ins.op.startswith(("wgmma", "tcgen05.wait")):
+            return
+        if not ins.registers.isdisjoint(pending):
+            self.reports.add("unfinished register", ins, "used before wgmma.wait_group")
+        if not ins.registers.isdisjoint(loading):
+            self.reports.add("unfinished register", ins, "used before tcgen05.wait::ld")
+
+    def _finish(self) -> None:
+        self.copies.groups.wait(self.every_warp, 0)
+        last = self.code[-1]
+        if self.bulk.stores.unfinished:
+            self.bulk.stores.commit(self.every_warp)
+            self.bulk.stores.wait(self.every_warp, 0)
+            self.reports.add("exit", last, "bulk stores unfinished at the end")
+        if self.wgmma.pending or self.tensor_memory.queue:
+            self.reports.add("exit", last, "matrix products unfinished at the end")
+        if self.tensor_memory.columns:
+            self.reports.add("exit", last, "tensor memory not released")

@@ -1,0 +1,241 @@
+"""Instructions that do more than compute a register from registers, as functions of a block and its acting threads."""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import asynchronous
+from .arithmetic import Operands
+from .matrices import mma_sync
+from .numbers import NAMES, SIZES, Array
+from .parse import Instruction
+
+if TYPE_CHECKING:
+    from .block import Block
+
+# ``mask``: the threads that act, None for all.
+Effect = Callable[["Block", Array | None], None]
+Getter = Callable[["Block"], Array]
+
+
+class Reader:
+    """The operands of one instruction, as functions of a block that return an element for each thread."""
+
+    def __init__(self, ins: Instruction, operands: Operands) -> None:
+        self.ins, self.operands = ins, operands
+
+    def get(self, name: str, kind: str) -> Getter:
+        registers, dtype = self.operands.program.registers, NAMES[kind]
+        if name in registers:
+            own, number = registers[name]
+            if NAMES[own] == dtype:
+                return lambda block: block.registers[number]
+            if SIZES[own] == SIZES[kind]:
+                return lambda block: block.registers[number].view(dtype)
+        text = self.operands.source(self.ins, name, kind)
+        constants = self.operands.constants
+        if text.startswith("K"):
+            constant = constants[int(text[2:-1])]
+            return lambda block: np.full(block.threads, constant)
+        if name in registers:
+            return lambda block: block.registers[number].astype(dtype)
+        return lambda block: block.special[name]
+
+    def address(self, text: str, *, wide: bool) -> Getter:
+        """Return the addresses ``[base + offset]`` as int64. wide: in global memory."""
+        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
+        if match is None:
+            raise self.ins.error(f"address {text} is not emulated")
+        base, offset = self.get(match[1], "u64" if wide else "u32"), int(match[2] or 0)
+        return lambda block: base(block).astype(np.int64) + offset
+
+    def numbers(self, text: str) -> list[int]:
+        """Return the numbers of registers in braces, or of one."""
+        return [self.operands.number(name) for name in names(text)]
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.strip("{} ").split(",")]
+
+
+def effect(ins: Instruction, operands: Operands) -> Effect:
+    """Return what an instruction does. Raises ``PTXError`` for one that is not emulated."""
+    build = _BUILDERS.get(ins.parts[0]) or asynchronous.BUILDERS.get(ins.parts[0])
+    built = build(ins, Reader(ins, operands)) if build is not None else None
+    if built is None:
+        raise ins.error(f"{ins.op} is not emulated")
+    return built
+
+
+def _move(ins: Instruction, reader: Reader) -> Effect | None:
+    size = SIZES[ins.parts[-1]]
+    if ins.args[0].startswith("{"):
+        targets = reader.numbers(ins.args[0])
+        source, part = reader.get(ins.args[1], ins.parts[-1]), f"u{size // len(targets)}"
+
+        def split(block: "Block", mask: Array | None) -> None:
+            parts = source(block).view(part).reshape(-1, len(targets))
+            for target, values in zip(targets, parts.T, strict=True):
+                block.put(target, values, mask)
+
+        return split
+    (target,) = reader.numbers(ins.args[0])
+    parts = names(ins.args[1])
+    sources = [reader.get(name, f"b{8 * size // len(parts)}") for name in parts]
+
+    def join(block: "Block", mask: Array | None) -> None:
+        values = np.stack([source(block) for source in sources], 1)
+        block.put(target, values.view(f"u{size}")[:, 0], mask)
+
+    return join
+
+
+def _load(ins: Instruction, reader: Reader) -> Effect | None:
+    space, kind = ins.parts[1], ins.parts[-1]
+    if space == "param":
+        return _load_parameter(ins, reader)
+    if space.split("::")[0] not in ("global", "shared"):
+        return None
+    targets, size, is_global = reader.numbers(ins.args[0]), SIZES[kind], space == "global"
+    address = reader.address(ins.args[1], wide=is_global)
+
+    def load(block: "Block", mask: Array | None) -> None:
+        addresses, warps = block.pick(mask, address(block), block.warp)
+        if is_global:
+            places = block.memory.find(addresses, size * len(targets), ins, "load")
+            values = block.memory.load(places, size, len(targets), ins, block.reports)
+        else:
+            values = block.shared.load(addresses, size, len(targets), warps, ins)
+        for target, column in zip(targets, values.T, strict=True):
+            block.put(target, column, mask, picked=True)
+
+    return load
+
+
+def _load_parameter(ins: Instruction, reader: Reader) -> Effect | None:
+    kind, name = ins.parts[-1], ins.args[1].strip("[] ")
+    indices = [i for i, parameter in enumerate(reader.operands.program.parameters) if parameter.name == name]
+    if not indices or SIZES[kind] < 4:
+        return None
+    (target,) = reader.numbers(ins.args[0])
+    own = reader.operands.program.registers[ins.args[0]][0]
+    wide = NAMES["s64" if kind[0] == "s" else "u64"]
+
+    def load(block: "Block", mask: Array | None) -> None:
+        argument = block.arguments[indices[0]]
+        assert isinstance(argument, int)
+        value = np.array(argument % 2 ** (8 * SIZES[kind]), f"u{SIZES[kind]}").view(NAMES[kind])
+        if SIZES[own] > SIZES[kind]:
+            value = value.astype(wide)
+        block.put(target, np.full(block.threads, value.view(NAMES[own])), mask)
+
+    return load
+
+
+def _store(ins: Instruction, reader: Reader) -> Effect | None:
+    space, kind = ins.parts[1].split("::")[0], ins.parts[-1]
+    if space not in ("global", "shared"):
+        return None
+    size, is_global = SIZES[kind], space == "global"
+    address = reader.address(ins.args[0], wide=is_global)
+    sources = [reader.get(name, f"b{8 * size}") for name in names(ins.args[1])]
+
+    def store(block: "Block", mask: Array | None) -> None:
+        values = np.stack([source(block) for source in sources], 1)
+        addresses, values, warps = block.pick(mask, address(block), values, block.warp)
+        if is_global:
+            places = block.memory.find(addresses, size * len(sources), ins, "store")
+            block.memory.store(places, values, ins, block.reports)
+        else:
+            block.shared.store(addresses, size, values, warps, ins)
+
+    return store
+
+
+def _matrix_rows(address: Getter, index: int) -> Getter:
+    """Return the address of the 4 bytes that each thread holds of the 8x8 matrix of this index.
+
+    Threads 8 * index and on give the addresses of the rows; thread 4g + t holds piece t of row g.
+    """
+
+    def addresses(block: "Block") -> Array:
+        rows = address(block).reshape(-1, 32)[:, 8 * index : 8 * index + 8]
+        return (np.repeat(rows, 4, axis=1) + 4 * (np.arange(32) % 4)).ravel()
+
+    return addresses
+
+
+def _load_matrix(ins: Instruction, reader: Reader) -> Effect | None:
+    if "trans" in ins.parts or ins.parts[3] != "m8n8":
+        return None
+    targets = reader.numbers(ins.args[0])
+    rows = [_matrix_rows(reader.address(ins.args[1], wide=False), i) for i in range(len(targets))]
+
+    def load(block: "Block", mask: Array | None) -> None:
+        for target, addresses in zip(targets, rows, strict=True):
+            at, warps = block.pick(mask, addresses(block), block.warp)
+            block.put(target, block.shared.load(at, 4, 1, warps, ins)[:, 0], mask, picked=True)
+
+    return load
+
+
+def _store_matrix(ins: Instruction, reader: Reader) -> Effect | None:
+    if "trans" in ins.parts or ins.parts[3] != "m8n8":
+        return None
+    sources = reader.numbers(ins.args[1])
+    rows = [_matrix_rows(reader.address(ins.args[0], wide=False), i) for i in range(len(sources))]
+
+    def store(block: "Block", mask: Array | None) -> None:
+        for source, addresses in zip(sources, rows, strict=True):
+            at, values, warps = block.pick(mask, addresses(block), block.registers[source][:, None], block.warp)
+            block.shared.store(at, 4, values, warps, ins)
+
+    return store
+
+
+def _mma(ins: Instruction, reader: Reader) -> Effect | None:
+    element = ins.parts[7]
+    shape = {"f16": "m16n8k16", "bf16": "m16n8k16", "tf32": "m16n8k8"}.get(element)
+    if ins.parts[3:7] != [shape, "row", "col", "f32"] or ins.parts[8:] != [element, "f32"]:
+        return None
+    d, a, b, c = (reader.numbers(arg) for arg in ins.args)
+
+    def multiply(block: "Block", mask: Array | None) -> None:
+        read = [[block.registers[number] for number in numbers] for numbers in (a, b, c)]
+        for target, values in zip(d, mma_sync(*read, element), strict=True):
+            block.put(target, values.view(np.uint32), mask)
+
+    return multiply
+
+
+def _shuffle(ins: Instruction, reader: Reader) -> Effect | None:
+    mode = ins.parts[2]
+    if mode not in ("bfly", "idx") or ins.args[3:] != ["31", "-1"]:
+        return None
+    (target,) = reader.numbers(ins.args[0])
+    source, lane = reader.get(ins.args[1], "b32"), reader.get(ins.args[2], "u32")
+
+    def shuffle(block: "Block", mask: Array | None) -> None:
+        asked = lane(block).astype(np.int64)
+        lanes = (block.lane ^ asked) if mode == "bfly" else asked % 32
+        block.put(target, source(block)[(np.arange(block.threads) & ~31) + lanes], mask)
+
+    return shuffle
+
+
+def _elect(ins: Instruction, reader: Reader) -> Effect:
+    leader, elected = (reader.operands.number(name) for name in ins.args[0].split("|"))
+
+    def elect(block: "Block", mask: Array | None) -> None:
+        block.put(leader, np.zeros(block.threads, np.uint32), mask)
+        block.put(elected, block.lane == 0, mask)
+
+    return elect
+
+
+_BUILDERS: dict[str, Callable[[Instruction, Reader], Effect | None]] = {
+    "mov": _move, "ld": _load, "st": _store, "ldmatrix": _load_matrix, "stmatrix": _store_matrix, "mma": _mma,
+    "shfl": _shuffle, "elect": _elect,
+}  # fmt: skip

@@ -1,0 +1,168 @@
+"""PTX text as instructions with their operands."""
+
+import re
+from dataclasses import dataclass, field
+
+
+class PTXError(Exception):
+    """The program does what it must not, or something that is not emulated. The message names the line."""
+
+
+@dataclass
+class Instruction:
+    """One instruction.
+
+    op: ``ld.global.v4.b32``; parts: that, split at its dots. args: operands, with the scope of their block in the name.
+    guard: the predicate's name, if it has one; unless: whether the predicate must be false. registers: the numbers of
+    all registers named. converged: all threads of a warp must execute it together.
+    """
+
+    line: int
+    text: str
+    op: str
+    args: list[str]
+    guard: str | None
+    unless: bool
+    registers: frozenset[int]
+    parts: list[str] = field(init=False)
+    converged: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = self.op.split(".")
+        self.converged = self.parts[0] in ("ldmatrix", "stmatrix", "mma", "wgmma", "shfl") or (
+            self.parts[0] == "tcgen05" and self.parts[1] in ("ld", "st", "alloc", "dealloc")
+        )
+
+    def error(self, what: str) -> PTXError:
+        return PTXError(f"line {self.line}: {what}: {self.text[:120]}")
+
+
+class Reports(dict[tuple[str, int], str]):
+    """What is wrong without stopping the program: (kind, line) -> the first case in words."""
+
+    def add(self, kind: str, ins: Instruction, what: str) -> None:
+        self.setdefault((kind, ins.line), f"{what}: {ins.text[:90]}")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel's parameter. size: its bytes."""
+
+    name: str
+    size: int
+
+
+@dataclass
+class Program:
+    """A kernel's code. registers: name -> (PTX type, number). labels: name -> the index of an instruction."""
+
+    parameters: list[Parameter]
+    threads: int
+    registers: dict[str, tuple[str, int]] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    code: list[Instruction] = field(default_factory=list)
+
+
+_PARAMETER = re.compile(r"\.param\s+(?:\.align \d+ )?\.(\w\d+)(?:\s+\.ptr)?(?:\s+\.global)?(?:\s+\.align \d+)?\s+(\w+)(?:\[(\d+)\])?")
+_ENTRY = re.compile(r"\.entry\s+\w+\((.*?)\)\s*(?:\.\w+[^\n{]*\n)*\{", re.S)
+_GUARDED = re.compile(r"@(!?)([%\w]+)\s+(.*)")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<(\d+)>)?")
+
+
+def parse(text: str) -> Program:
+    """Return the one kernel in a PTX module. Raises ``PTXError`` if there is none."""
+    head = _ENTRY.search(text)
+    threads = re.search(r"\.reqntid\s+(\d+)", text)
+    if head is None or threads is None:
+        raise PTXError("no .entry with .reqntid in the text")
+    parameters = [
+        Parameter(name, int(count) if count else int(kind[1:]) // 8)
+        for kind, name, count in _PARAMETER.findall(head[1])
+    ]
+    program = Program(parameters, int(threads[1]))
+    _Body(program).read(text, head.end())
+    return program
+
+
+class _Body:
+    """Reads a kernel's body. Registers and labels in braces, as inline assembly has them, get the block's number."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.scopes: list[dict[str, str]] = []
+
+    def read(self, text: str, start: int) -> None:
+        first = text.count("\n", 0, start) + 1
+        self.scopes, blocks = [{}], 0
+        lines = text[start:].split("\n")
+        for number, raw in enumerate(lines, first):
+            line = re.sub(r"\s+", " ", raw.split("//")[0]).strip()
+            if line == "{":
+                blocks += 1
+                self.scopes.append(_local_names(lines[number - first + 1 :], blocks))
+            elif line == "}":
+                self.scopes.pop()
+                if not self.scopes:
+                    return
+            else:
+                self._statements(line, number)
+
+    def _statements(self, line: str, number: int) -> None:
+        label = re.match(r"([$\w]+):(?!:)\s*", line)
+        if label:
+            self.program.labels[self._scoped(label[1])] = len(self.program.code)
+            line = line[label.end() :]
+        for statement in filter(None, map(str.strip, line.split(";"))):
+            if statement.startswith(".reg"):
+                self._declare(statement)
+            elif not statement.startswith("."):
+                self.program.code.append(self._instruction(statement, number))
+
+    def _declare(self, statement: str) -> None:
+        declared = _REGISTERS.match(statement)
+        assert declared is not None
+        kind, name, count = declared.groups()
+        registers = self.program.registers
+        for each in [f"{name}{i}" for i in range(int(count))] if count else [self._scoped(name)]:
+            registers[each] = (kind, len(registers))
+
+    def _scoped(self, name: str) -> str:
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+        return name
+
+    def _instruction(self, statement: str, number: int) -> Instruction:
+        guard, unless, rest = None, False, statement
+        guarded = _GUARDED.match(statement)
+        if guarded:
+            guard, unless, rest = self._scoped(guarded[2]), bool(guarded[1]), guarded[3]
+        op, _, operands = rest.partition(" ")
+        args = [self._scoped(arg) for arg in _split(operands)]
+        names = [self._scoped(name) for name in re.findall(r"%?\w+", operands)]
+        registers = self.program.registers
+        used = frozenset(registers[name][1] for name in names if name in registers)
+        return Instruction(number, statement, op, args, guard, unless, used)
+
+
+def _local_names(lines: list[str], block: int) -> dict[str, str]:
+    """Return the registers and labels that a block in braces declares, with its number."""
+    names = []
+    for line in lines:
+        if line.strip() == "}":
+            break
+        names += re.findall(r"\.reg\s+\.\w+\s+(\w+)\s*;", line) + re.findall(r"^\s*([A-Za-z]\w*):", line)
+    return {name: f"{name}@{block}" for name in names}
+
+
+def _split(operands: str) -> list[str]:
+    """Split at commas outside of braces and brackets."""
+    depth, out, current = 0, [], ""
+    for char in operands:
+        depth += (char in "{[(") - (char in "}])")
+        if char == "," and depth == 0:
+            out.append(current.strip())
+            current = ""
+        else:
+            current += char
+    return [*out, current.strip()] if current.strip() else out
