@@ -1,4 +1,7 @@
-"""Tests run every kernel through Triton's interpreter on the CPU, or, with BERT_FUSED_TEST_GPU=1, on the GPU."""
+"""Tests run every kernel through Triton's interpreter on the CPU, or, with BERT_FUSED_TEST_GPU=1, on the GPU.
+
+With BERT_FUSED_EMULATE=90 as well, the GPU's tests run in the PTX emulator, compiled for sm_90 (``ptx/driver.py``).
+"""
 
 import os
 import sys
@@ -12,11 +15,17 @@ if not GPU:
     # Triton reads this when a kernel is decorated, so it must be set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # also where the GPU's tests are rehearsed (gpu.py)
+EMULATED_ARCH = int(os.environ.get("BERT_FUSED_EMULATE", "0"))
 
 import torch  # noqa: E402
 
 if GPU:
     from watchdog import pytest_configure, pytest_runtest_protocol, pytest_runtest_teardown  # noqa: F401
+
+if EMULATED_ARCH:
+    import driver
+
+    driver.install(EMULATED_ARCH)
 
 if INTERPRETED:
     import interpreter
@@ -98,3 +107,12 @@ def no_plans() -> None:
     """A test that patches what a plan is made from must not meet an earlier test's plan."""
     if (plan := sys.modules.get("bert_fused.kernels.plan")) is not None:
         plan.plans.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_failures_in_the_emulator() -> Iterator[None]:
+    """Fail a test whose launches the PTX emulator had something against."""
+    yield
+    if EMULATED_ARCH:
+        failures, driver.failures[:] = driver.failures[:], []
+        assert not failures, "\n".join(failures[:3])

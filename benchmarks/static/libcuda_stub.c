@@ -1,7 +1,8 @@
-/* A CUDA driver that does nothing, for measuring and testing the host's side of a launch without a GPU.
+/* A CUDA driver without a GPU, for measuring and testing the host's side of a launch.
  *
  * Triton's own launcher calls it: every call succeeds, no kernel runs, and a pointer is what it was given as. Each
- * function that is asked for gets a handle of its own, and the last launch is kept, for tests to read.
+ * function that is asked for gets a handle of its own, and the last launch is kept, for tests to read. A test may have
+ * each launch handed to a function of its own, which executes it (tests/ptx/driver.py).
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,13 +18,17 @@ typedef struct {
   uint64_t params[MAX_PARAMS]; /* the first eight bytes of each; meaningless past a parameter's own size */
 } Launch;
 
+typedef void (*Executor)(uint64_t function, uint32_t blocks, uint32_t shared, void **params);
+
 static int64_t launches = 0;
+static Executor executor = NULL;
 static int params_to_keep = 0; /* the driver's interface does not tell how many there are */
 static Launch last;
 
 int64_t stub_launches(void) { return launches; }
 void stub_keep_params(int count) { params_to_keep = count < MAX_PARAMS ? count : MAX_PARAMS; }
 const Launch *stub_last_launch(void) { return &last; }
+void stub_execute_with(Executor function) { executor = function; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
   __atomic_add_fetch(&launches, 1, __ATOMIC_RELAXED);
@@ -38,17 +43,46 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     for (int i = 0; i < params_to_keep; ++i)
       memcpy(&last.params[i], params[i], sizeof(uint64_t));
   }
+  if (executor)
+    executor((uint64_t)function, config->gridDimX, config->sharedMemBytes, params);
   return CUDA_SUCCESS;
 }
 
-/* The address stands first in the descriptor, where a test finds it among the parameters. */
+/* What a tensor map is made from, readable where a test finds it among the parameters, the address first. */
+typedef struct {
+  uint64_t address, columns, rows, stride;
+  uint32_t box_columns, box_rows;
+  uint8_t rank, itemsize, swizzle, fills_with_nan;
+} TensorMap;
+
+static int size_of(CUtensorMapDataType type) {
+  switch (type) {
+  case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+  case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
+    return 2;
+  case CU_TENSOR_MAP_DATA_TYPE_FLOAT32:
+    return 4;
+  default:
+    return 0;
+  }
+}
+
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                 const cuuint64_t *shape, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
+  TensorMap made = {.address = (uint64_t)address, .rank = rank, .itemsize = size_of(type), .swizzle = swizzle};
+  made.fills_with_nan = fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  if (rank == 2) {
+    made.columns = shape[0];
+    made.rows = shape[1];
+    made.stride = strides[0];
+    made.box_columns = box[0];
+    made.box_rows = box[1];
+  }
   memset(map, 0, sizeof *map);
-  memcpy(map, &address, sizeof address);
+  memcpy(map, &made, sizeof made);
   return CUDA_SUCCESS;
 }
 

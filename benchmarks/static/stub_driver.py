@@ -2,7 +2,8 @@
 
 The parent builds the stub and starts a child with ``environment``; the child calls ``install`` before it imports a
 kernel. From then on CPU tensors take the kernels' path in that process: Triton specialises, compiles for sm_90 and
-launches as on an H100, and the driver at the end returns. Nothing is computed, so results are meaningless.
+launches as on an H100, and the driver at the end returns. Nothing is computed, so results are meaningless, unless a
+test has the launches executed (``tests/ptx/driver.py``).
 
 It replaces:
 
@@ -75,8 +76,11 @@ def environment(directory: Path) -> dict[str, str]:
     }
 
 
-def install() -> ctypes.CDLL:
-    """Send this process's kernels to the stub, and return the stub. The process needs ``environment``."""
+def install(arch: int = ARCH) -> ctypes.CDLL:
+    """Send this process's kernels to the stub, and return the stub. The process needs ``environment``.
+
+    arch: the compute capability that Triton compiles for, as in ``kernels/lookup.py``.
+    """
     stub = ctypes.CDLL("libcuda.so.1")
     stub.stub_launches.restype = ctypes.c_int64  # an AttributeError here: a real driver is loaded
     stub.stub_last_launch.restype = ctypes.POINTER(Launch)
@@ -91,7 +95,7 @@ def install() -> ctypes.CDLL:
     driver: Any = CudaDriver()
     driver.get_current_device = torch_c._cuda_getDevice
     driver.get_current_stream = torch_c._cuda_getCurrentRawStream
-    driver.get_device_capability = lambda device: divmod(ARCH, 10)
+    driver.get_device_capability = lambda device: divmod(arch, 10)
     triton.runtime.driver.set_active(driver)
 
     from bert_fused import autograd, fallback
@@ -104,7 +108,7 @@ def install() -> ctypes.CDLL:
     def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return real(cuda, dtype)
 
-    runtime._arch_of_index = functools.cache(lambda index: ARCH)
+    runtime._arch_of_index = functools.cache(lambda index: arch)
     runtime._num_sms_of_index = functools.cache(lambda index: SMS)
     runtime._name_of_index = functools.cache(lambda index: "stub")
     checks._CPU_HAS_KERNELS = True

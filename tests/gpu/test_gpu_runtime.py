@@ -10,6 +10,7 @@ from models import inputs as text
 from models import make
 from reference64 import Inputs, assert_forward, rms
 from torch import Tensor
+from transformers import BertForSequenceClassification
 
 import bert_fused
 from bert_fused import linear_act
@@ -102,6 +103,28 @@ def test_a_fused_bf16_model_gives_the_unfused_results() -> None:
     result = bert_fused.verify(model, **batch)
     assert result.cosine > 0.999
     assert result.max_abs_error < 0.15
+
+
+def test_an_unpadded_classifier_gives_the_unfused_results_and_gradients() -> None:
+    """Of every batch a new call and a kept one, each with another number of rows."""
+    model = make(BertForSequenceClassification, hidden_size=64, intermediate_size=128).to(DEVICE, torch.bfloat16)
+    batches = [{name: tensor.to(DEVICE) for name, tensor in text(*size).items()} for size in ((3, 7), (5, 13), (3, 7))]
+
+    def run() -> list[Tensor]:
+        outputs = []
+        for batch in batches:
+            model.zero_grad()
+            logits = model(**batch).logits
+            logits.float().square().sum().backward()
+            outputs += [logits.detach(), model.bert.encoder.layer[0].intermediate.dense.weight.grad.clone()]
+        return outputs
+
+    theirs = run()
+    with bert_fused.fused(model, unpad=True, cls_only=True) as report:
+        assert "bert.encoder" in report.fused
+        ours = run()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert rms(mine - other) <= 3e-2 * rms(other)
 
 
 def test_an_autocast_training_step_is_as_good_as_eagers() -> None:

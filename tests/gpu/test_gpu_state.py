@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, HAS_GPU, MARKS, gradients, inputs, needs_gpu
+from gpu import DEVICE, EMULATED, HAS_GPU, MARKS, gradients, inputs, needs_gpu
 from models import blocks, make
 from models import inputs as text
 from reference64 import assert_forward, linear64, rms, with_layout
@@ -30,7 +30,7 @@ VARIANTS = pytest.mark.parametrize("config", [POINTER, PERSISTENT], ids=["pointe
 
 
 def skip_without_tma(config: Config) -> None:
-    if HAS_GPU and config.kernel == "tma" and arch_of(DEVICE) not in TMA_ARCHS:
+    if (HAS_GPU or EMULATED) and config.kernel == "tma" and arch_of(DEVICE) not in TMA_ARCHS:
         pytest.skip("this GPU has no tensor memory accelerator")
 
 
@@ -47,14 +47,14 @@ def test_a_misaligned_call_is_exact_after_an_aligned_one_was_kept(offset: int, w
     assert moved[which].data_ptr() % 16
     for arguments in (vars(data), moved, vars(data), moved, vars(data)):
         assert torch.equal(linear_act(*arguments.values(), "relu").double(), expected)
-        if HAS_GPU:
+        if HAS_GPU or EMULATED:
             assert key_of(data.x, data.weight, data.bias, "relu", False) in plans
 
 
 @VARIANTS
 def test_variants_give_the_same_bits_every_time(config: Config) -> None:
     skip_without_tma(config)
-    M, N, K = (300, 768, 1024) if HAS_GPU else (20, 64, 64)
+    M, N, K = (300, 768, 1024) if HAS_GPU else (200, 272, 192) if EMULATED else (20, 64, 64)
     x, weight, bias = vars(inputs("unit", M, N, K, torch.bfloat16)).values()
     first, _ = linear_act_fwd(x, weight, bias, activation="gelu", save_preact=False, config=config)
     assert_forward(first, x, weight, bias, "gelu")

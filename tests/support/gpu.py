@@ -1,8 +1,10 @@
 """Inputs, gradients and markers that the tests on a GPU share.
 
 BERT_FUSED_TEST_GPU=1 TRITON_INTERPRET=1 rehearses them on a CPU, without the tests of streams, graphs and devices.
+``tests/ptx/test_whole_path.py`` runs the same ones with the compiled kernels, in the PTX emulator.
 """
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ from reference64 import Inputs, make_inputs
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
+EMULATED = "BERT_FUSED_EMULATE" in os.environ
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 
 # A warning that another version of torch gives must not fail a run on a GPU.

@@ -108,6 +108,8 @@ def _flushed(ins: Instruction, text: str) -> str:
 
 def _extreme(ins: Instruction, value: Value) -> Results:
     op, kind = ins.parts[0], ins.parts[-1]
+    if kind in ("f16", "bf16"):
+        raise KeyError(ins.op)
     prefix = "f" if kind == "f32" and "NaN" not in ins.parts else ""
     function = {"min": "np.fmin", "max": "np.fmax"}[op] if prefix else {"min": "np.minimum", "max": "np.maximum"}[op]
     return _one(ins, kind, f"{function}({value(1, kind)}, {value(2, kind)})")
@@ -142,6 +144,10 @@ def _unary(ins: Instruction, value: Value) -> Results:
     op, kind = ins.parts[0], ins.parts[-1]
     if op == "abs" and kind in _PAIRS:
         return _one(ins, "b32", f"{value(1, 'b32')} & uint32(0x7FFF7FFF)")
+    if op == "abs" and kind in ("f16", "bf16"):
+        return _one(ins, "b16", f"{value(1, 'b16')} & uint16(0x7FFF)")
+    if kind in ("f16", "bf16"):
+        raise KeyError(ins.op)
     template = {"neg": "-{}", "not": "~{}", "abs": "np.abs({})", "ex2": "exp2({})"}[op]
     if op == "ex2" and ins.op != "ex2.approx.ftz.f32":
         raise KeyError(ins.op)
@@ -178,6 +184,8 @@ def _compare(ins: Instruction, value: Value) -> Results:
         text = f" {_COMPARISONS[name]} ".join(halves)
         return [(target, "pred", text.format(half=half)) for half, target in enumerate(ins.args[0].split("|"))]
     a, b = value(1, kind), value(2, kind)
+    if kind == "bf16":
+        a, b = f"from_bf16({a})", f"from_bf16({b})"
     if name.endswith("u") and name[:-1] in _COMPARISONS:  # true where a number is NaN
         return _one(ins, "pred", f"({a} {_COMPARISONS[name[:-1]]} {b}) | np.isnan({a}) | np.isnan({b})")
     if len(ins.parts) - ("ftz" in ins.parts) != 3:  # combined with another predicate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arithmetic import PARAMETER_BASE, PARAMETER_STEP
-from .matrices import ELEMENTS
+from .matrices import ELEMENTS, operand
 from .numbers import Array
 from .parse import Instruction
 from .tensor_map import TensorMap
@@ -129,8 +129,9 @@ def _wgmma(ins: Instruction, reader: "Reader") -> "Effect | None":
     shape, element = re.fullmatch(r"m64n(\d+)k(\d+)", ins.parts[4]), ins.parts[6]
     if shape is None or element not in ELEMENTS or int(shape[2]) * ELEMENTS[element] != 32 or ins.args[1][0] == "{":
         return None
-    if ins.args[4:] != ["1", "1", "0", "0"][: 4 if ELEMENTS[element] == 2 else 2]:  # signs, and K-major operands
+    if ins.args[4:6] != ["1", "1"]:  # signs
         return None
+    transposed = [arg == "1" for arg in ins.args[6:]] or [False, False]
     targets, columns = reader.numbers(ins.args[0]), int(shape[1])
     a, b = reader.get(ins.args[1], "u64"), reader.get(ins.args[2], "u64")
     add = reader.get(ins.args[3], "pred")
@@ -138,8 +139,9 @@ def _wgmma(ins: Instruction, reader: "Reader") -> "Effect | None":
     def multiply(block: "Block", mask: Array | None) -> None:
         for group in np.unique(block.warps(mask) // 4):
             first = 128 * int(group)
-            left, right, added = int(a(block)[first]), int(b(block)[first]), bool(add(block)[first])
-            block.wgmma.multiply(int(group), targets, left, right, added, columns, element, ins)
+            left = operand(int(a(block)[first]), 64, element, ins, transposed=transposed[0])
+            right = operand(int(b(block)[first]), columns, element, ins, transposed=transposed[1])
+            block.wgmma.multiply(int(group), targets, [left, right], bool(add(block)[first]), columns, element, ins)
 
     return multiply
 

@@ -154,43 +154,54 @@ def _store(ins: Instruction, reader: Reader) -> Effect | None:
     return store
 
 
-def _matrix_rows(address: Getter, index: int) -> Getter:
-    """Return the address of the 4 bytes that each thread holds of the 8x8 matrix of this index.
+def _matrix_places(address: Getter, index: int, transposed: bool) -> tuple[Getter, int]:
+    """Return the addresses ``[threads * n]`` of what each thread holds of the 8x8 matrix of this index, and their size.
 
-    Threads 8 * index and on give the addresses of the rows; thread 4g + t holds piece t of row g.
+    Threads 8 * index and on give the addresses of the rows. Thread 4g + t holds elements 2t and 2t + 1 of row g, which
+    are 4 bytes; or, transposed, the element g of rows 2t and 2t + 1.
     """
 
-    def addresses(block: "Block") -> Array:
+    def together(block: "Block") -> Array:
         rows = address(block).reshape(-1, 32)[:, 8 * index : 8 * index + 8]
         return (np.repeat(rows, 4, axis=1) + 4 * (np.arange(32) % 4)).ravel()
 
-    return addresses
+    def apart(block: "Block") -> Array:
+        rows = address(block).reshape(-1, 32)[:, 8 * index : 8 * index + 8]
+        g, t = np.divmod(np.arange(32), 4)
+        return (rows[:, np.stack((2 * t, 2 * t + 1), 1)] + 2 * g[:, None]).ravel()
+
+    return (apart, 2) if transposed else (together, 4)
 
 
 def _load_matrix(ins: Instruction, reader: Reader) -> Effect | None:
-    if "trans" in ins.parts or ins.parts[3] != "m8n8":
+    if ins.parts[3] != "m8n8" or ins.parts[-1] != "b16":
         return None
-    targets = reader.numbers(ins.args[0])
-    rows = [_matrix_rows(reader.address(ins.args[1], wide=False), i) for i in range(len(targets))]
+    targets, address = reader.numbers(ins.args[0]), reader.address(ins.args[1], wide=False)
+    places = [_matrix_places(address, i, "trans" in ins.parts) for i in range(len(targets))]
 
     def load(block: "Block", mask: Array | None) -> None:
-        for target, addresses in zip(targets, rows, strict=True):
-            at, warps = block.pick(mask, addresses(block), block.warp)
-            block.put(target, block.shared.load(at, 4, 1, warps, ins)[:, 0], mask, picked=True)
+        if mask is not None:
+            raise ins.error("only a part of the block")
+        for target, (addresses, size) in zip(targets, places, strict=True):
+            warps = np.repeat(block.warp, 4 // size)
+            values = block.shared.load(addresses(block), size, 1, warps, ins)
+            block.put(target, np.ascontiguousarray(values[:, 0]).view(np.uint32), None)
 
     return load
 
 
 def _store_matrix(ins: Instruction, reader: Reader) -> Effect | None:
-    if "trans" in ins.parts or ins.parts[3] != "m8n8":
+    if ins.parts[3] != "m8n8" or ins.parts[-1] != "b16":
         return None
-    sources = reader.numbers(ins.args[1])
-    rows = [_matrix_rows(reader.address(ins.args[0], wide=False), i) for i in range(len(sources))]
+    sources, address = reader.numbers(ins.args[1]), reader.address(ins.args[0], wide=False)
+    places = [_matrix_places(address, i, "trans" in ins.parts) for i in range(len(sources))]
 
     def store(block: "Block", mask: Array | None) -> None:
-        for source, addresses in zip(sources, rows, strict=True):
-            at, values, warps = block.pick(mask, addresses(block), block.registers[source][:, None], block.warp)
-            block.shared.store(at, 4, values, warps, ins)
+        if mask is not None:
+            raise ins.error("only a part of the block")
+        for source, (addresses, size) in zip(sources, places, strict=True):
+            values = block.registers[source].view(f"u{size}")[:, None]
+            block.shared.store(addresses(block), size, values, np.repeat(block.warp, 4 // size), ins)
 
     return store
 

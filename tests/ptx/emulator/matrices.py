@@ -44,15 +44,24 @@ def mma_sync(a: list[Array], b: list[Array], c: list[Array], element: str) -> li
     return [register.view(np.float32) + part for register, part in zip(c, parts, strict=True)]
 
 
-def operand(descriptor: int, rows: int, element: str, ins: Instruction) -> Array:
-    """Return the addresses of a K-major operand ``[rows, 32 bytes]`` that a shared memory descriptor names."""
-    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+def operand(descriptor: int, rows: int, element: str, ins: Instruction, *, transposed: bool = False) -> Array:
+    """Return the addresses of an operand ``[rows, 32 bytes]`` that a shared memory descriptor names.
+
+    It is made of pieces of 8 swizzled rows: each holds a part of k or, if transposed, of the operand's rows.
+    """
+    start = (descriptor & 0x3FFF) << 4
+    leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     width = _SWIZZLES.get(descriptor >> 61)
     if width is None:
         raise ins.error("a layout without swizzle is not emulated")
     size = ELEMENTS[element]
-    row, column = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
-    return swizzled(start + (row // 8) * stride + (row % 8) * width + size * column, width)
+    row, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
+    if transposed:
+        across = width // size
+        addresses = start + row // across * leading + k // 8 * stride + k % 8 * width + size * (row % across)
+    else:
+        addresses = start + row // 8 * stride + row % 8 * width + size * k
+    return swizzled(addresses, width)
 
 
 class Operands:
@@ -87,21 +96,27 @@ class Wgmma:
         self.unfenced: set[int] = set()
 
     def multiply(
-        self, group: int, targets: list[int], a: int, b: int, add: bool, columns: int, element: str, ins: Instruction
+        self,
+        group: int,
+        targets: list[int],
+        operands: list[Array],
+        add: bool,
+        columns: int,
+        element: str,
+        ins: Instruction,
     ) -> None:
-        """Add the product of ``[64, 32 bytes]`` and ``[columns, 32 bytes]`` to the targets, or replace them."""
+        """Add the product of operands ``[64, 32 bytes]`` and ``[columns, 32 bytes]`` to the targets, or replace them."""
         if not self.unfenced.isdisjoint(targets):
             self.reports.add("missing wgmma.fence", ins, "accumulators were written since the last one")
-        places = [operand(a, 64, element, ins), operand(b, columns, element, ins)]
         for warp in range(4 * group, 4 * group + 4):
             clock = int(self.groups.clock(np.array([warp]))[0])
-            for addresses in places:
+            for addresses in operands:
                 self.operands.note(addresses, element, warp, self.clocks.products + warp, clock, ins)
         for target in targets:
             self.pending[target] = self.pending.get(target, 0) + 1
 
         def work() -> None:
-            left, right = (self.operands.read(addresses, element) for addresses in places)
+            left, right = (self.operands.read(addresses, element) for addresses in operands)
             # Thread 4g + t of warp w holds rows 16w + g and 16w + 8 + g, and of each 8 columns 2t and 2t + 1.
             product = (left @ right.T).reshape(4, 2, 8, columns // 8, 4, 2)
             parts = product.transpose(3, 1, 5, 0, 2, 4).reshape(len(targets), 128)
@@ -189,10 +204,13 @@ class TensorMemory:
         rows, columns = (shape >> 24 & 31) << 4, (shape >> 17 & 63) << 3
         formats = shape >> 7 & 7, shape >> 10 & 7
         expected = {"f16": (0, 1), "tf32": (2,)}[element]  # kind::f16 is for both 16-bit formats
-        if shape >> 15 & 3 or (shape >> 4 & 3) != 1 or formats[0] != formats[1] or formats[0] not in expected:
+        if (shape >> 4 & 3) != 1 or formats[0] != formats[1] or formats[0] not in expected:
             raise ins.error(f"instruction descriptor {shape:#x} is not emulated")
         held = "bf16" if formats[0] == 1 else element
-        places = [operand(a, rows, held, ins), operand(b, columns, held, ins)]
+        places = [
+            operand(a, rows, held, ins, transposed=bool(shape >> 15 & 1)),
+            operand(b, columns, held, ins, transposed=bool(shape >> 16 & 1)),
+        ]
         for addresses in places:
             self.operands.note(addresses, held, warp, self.clocks.tensor_core, self.commits + 1, ins)
         touched = (target & 0xFFFF) + np.arange(columns)

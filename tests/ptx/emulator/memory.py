@@ -2,6 +2,7 @@
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,20 +14,24 @@ _GAP = 4096
 
 @dataclass
 class Tensor:
-    """A tensor in ``Memory``: its first byte's address, its extent in bytes, and where these stand in the arena."""
+    """A tensor in ``Memory``: its first byte's address, its extent in bytes, and where these stand in the arena.
+
+    strides: in bytes.
+    """
 
     name: str
     address: int
     extent: int
     start: int
     shape: tuple[int, int]
-    stride: int
-    dtype: np.dtype
+    strides: tuple[int, int]
+    dtype: np.dtype[Any]
 
     def offsets(self) -> Array:
         """Return the place in the arena of every element's first byte."""
-        rows, columns = (np.arange(size)[:, None] for size in self.shape)
-        return self.start + rows * self.stride + columns.T * self.dtype.itemsize
+        rows, columns = np.ogrid[: self.shape[0], : self.shape[1]]
+        places: Array = self.start + rows * self.strides[0] + columns * self.strides[1]
+        return places
 
 
 class Memory:
@@ -43,18 +48,28 @@ class Memory:
         self._bounds = np.zeros((0, 3), np.int64)
         self._next = 0x7F0000000000 + 256  # a multiple of 256 and of nothing larger
 
-    def add(self, name: str, array: Array, *, stride: int | None = None, output: bool = False, address: int | None = None) -> Tensor:
+    def add(
+        self,
+        name: str,
+        array: Array,
+        *,
+        stride: int | None = None,
+        column_stride: int = 1,
+        output: bool = False,
+        address: int | None = None,
+    ) -> Tensor:
         """Copy in an array ``[rows, columns]`` or ``[columns]``.
 
-        stride: elements between rows. output: nothing has been written yet. address: where it stands; by default
-        somewhere.
+        stride, column_stride: elements between rows and columns. output: nothing has been written yet. address: where
+        it stands; by default somewhere.
         """
         array = np.atleast_2d(np.ascontiguousarray(array))
-        size, step = array.shape[1] * array.itemsize, (stride or array.shape[1]) * array.itemsize
-        extent = (array.shape[0] - 1) * step + size
+        (rows, columns), size = array.shape, array.itemsize
+        strides = (columns if stride is None else stride) * size, column_stride * size
+        extent = (rows - 1) * strides[0] + (columns - 1) * strides[1] + size
         if address is None:
             address, self._next = self._next, (self._next + extent + 2 * _GAP) // _GAP * _GAP + 256
-        tensor = Tensor(name, address, extent, len(self.data), array.shape, step, array.dtype)
+        tensor = Tensor(name, address, extent, len(self.data), (rows, columns), strides, array.dtype)
         room = (extent + 2 * _GAP) // _GAP * _GAP
         self.data = np.concatenate((self.data, np.zeros(room, np.uint8)))
         for each in ("valid", "written"):
