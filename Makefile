@@ -3,8 +3,9 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 # One thread each: the interpreter's many small operations lose to thread switching otherwise.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
+EMULATOR = OMP_NUM_THREADS=1 PYTHONPATH=.:tests/support $(PY)
 
-.PHONY: demo test test-all test-release mutants fuzz lint matrix test-versions models docs numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test test-all test-release mutants ptx fuzz lint matrix test-versions models docs numerics gpu-day gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,6 +25,11 @@ test-release: $(VENV)/.test
 
 mutants: $(VENV)/.test
 	$(PY) tests/mutants $(ARGS)
+	$(EMULATOR) tests/ptx/faults.py
+
+# Every kernel shipped or offered, as compiled, in the PTX emulator.
+ptx: $(VENV)/.test
+	$(EMULATOR) tests/ptx $(ARGS)
 
 fuzz: $(VENV)/.test
 	BERT_FUSED_FUZZ=$${BERT_FUSED_FUZZ:-2000} $(PYTEST) tests/ops/test_properties.py $(ARGS)

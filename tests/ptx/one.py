@@ -13,9 +13,6 @@ ALLOWED = {
     ("missing proxy fence", "the mbarrier was initialized: "): (
         "Triton issues no fence between mbarrier.init and the first bulk load; it does so for every kernel with TMA"
     ),
-    ("unfinished register", "used before tcgen05.wait::ld: mov.b64 "): (
-        "LLVM moves the packing of two registers, which needs no instruction, before tcgen05.wait::ld (sm_100)"
-    ),
 }
 
 

@@ -20,6 +20,8 @@ from .parse import Instruction, Program, PTXError, Reports, parse
 from .shared import SharedMemory
 from .tensor_map import TensorMap
 
+# Branches taken before a program is said not to end: thousands of times as many as a kernel here takes.
+MAX_BRANCHES = 100_000
 # Instructions that decide where to go on; ``Block`` knows them by name.
 _CONTROL = ("bra", "ret", "bar", "mbarrier.try_wait")
 
@@ -116,6 +118,7 @@ class Block:
         self.tensor_memory = TensorMemory(self.shared, self.barriers, self.clocks, self.reports)
         self.alive = np.ones(self.threads, bool)
         self.waiting = np.zeros(self.threads, bool)
+        self.branches = 0
 
     # ------------------------------------------------------------------------------------------- for the instructions
 
@@ -231,6 +234,9 @@ class Block:
         return True
 
     def _target(self, ins: Instruction) -> int:
+        self.branches += 1
+        if self.branches > MAX_BRANCHES:
+            raise ins.error("the program does not end")
         return self.kernel.program.labels[ins.args[0]]
 
     def _check_barrier(self, ins: Instruction) -> None:
@@ -267,6 +273,8 @@ class Block:
             run.function(self, self.registers)
         except (TypeError, AttributeError) as error:
             raise self._unset(at, run.stop) from error
+        except ZeroDivisionError:
+            raise self.code[at].error("division by zero, here or soon after") from None
 
     def _unset(self, start: int, stop: int) -> PTXError:
         """Return the error of the first instruction that reads a register without a value."""
@@ -294,6 +302,8 @@ class Block:
             self.kernel.effect(at)(self, mask)
         except (TypeError, AttributeError) as error:
             raise ins.error(f"a register is read before it is written ({error})") from error
+        except ZeroDivisionError:
+            raise ins.error("division by zero") from None
 
     def _check_registers(self, ins: Instruction) -> None:
         pending, loading = self.wgmma.pending, self.tensor_memory.loading
@@ -302,7 +312,11 @@ class Block:
         if not ins.registers.isdisjoint(pending):
             self.reports.add("unfinished register", ins, "used before wgmma.wait_group")
         if not ins.registers.isdisjoint(loading):
-            self.reports.add("unfinished register", ins, "used before tcgen05.wait::ld")
+            # A move only renames: Triton packs registers before it waits for them, and ptxas makes no code of it.
+            if ins.parts[0] == "mov":
+                loading |= ins.registers
+            else:
+                self.reports.add("unfinished register", ins, "used before tcgen05.wait::ld")
 
     def _finish(self) -> None:
         self.copies.groups.wait(self.every_warp, 0)

@@ -72,7 +72,9 @@ def divide(a: Array, b: Array) -> Array:
 
 
 def quotient(a: Array, b: Array) -> Array:
-    """Integer division towards zero; by zero it is anything."""
+    """Integer division towards zero. Raises ``ZeroDivisionError`` where every divisor is 0: the result is anything."""
+    if not np.any(b):
+        raise ZeroDivisionError
     wide, divisor = a.astype(int64), np.where(b == 0, 1, b).astype(int64)
     return (np.abs(wide) // np.abs(divisor) * np.sign(wide) * np.sign(divisor)).astype(a.dtype)
 
