@@ -70,6 +70,8 @@ TESTS = {
         "tests/ops/test_ops.py",
         "tests/ops/test_properties.py",
         "tests/ops/test_recompute.py",
+        "tests/ptx/test_kernels.py",
+        "tests/ptx/test_whole_path.py",
     ),
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from torch.nn.parallel import parallel_apply, replicate
 
 import bert_fused
 from bert_fused import linear_act
-from bert_fused.kernels.configs import TMA_ARCHS, Config
+from bert_fused.fallback import interpreted
+from bert_fused.kernels import lookup
+from bert_fused.kernels.configs import TMA_ARCHS, Config, Entry, Measured
 from bert_fused.kernels.elementwise import act_bwd, act_fwd
 from bert_fused.kernels.linear_act import linear_act_fwd
+from bert_fused.kernels.lookup import get_config
 from bert_fused.kernels.plan import _encoded_at, key_of, plans
-from bert_fused.kernels.runtime import arch_of
+from bert_fused.kernels.runtime import arch_of, name_of
 
 pytestmark = MARKS
 
@@ -61,6 +65,25 @@ def test_variants_give_the_same_bits_every_time(config: Config) -> None:
     for _ in range(200 if HAS_GPU else 2):
         again, _ = linear_act_fwd(x, weight, bias, activation="gelu", save_preact=False, config=config)
         assert torch.equal(again, first)
+
+
+@pytest.mark.skipif(interpreted(), reason="the interpreter has no tables")
+@VARIANTS
+def test_a_configuration_of_this_gpus_table_serves_new_and_kept_calls(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_tma(config)
+    N, K, (arch, name) = 272, 192, (arch_of(DEVICE), name_of(DEVICE))
+    monkeypatch.setenv("BERT_FUSED_TABLES", str(tmp_path))
+    lookup.remember([Entry(256, N, K, config, Measured(1.0, 2.0, 3.0, "2026-11-25", "none"))], arch, name, "a test")
+    for M in (200, 131, 200):
+        assert get_config(M, N, K, config.dtype, arch, aligned=True, device=name) == config
+        for seed in (1, 2):
+            data = inputs("unit", M, N, K, torch.bfloat16, seed)
+            out = linear_act(data.x, data.weight, data.bias, "gelu")
+            assert_forward(out, data.x, data.weight, data.bias, "gelu")
+    monkeypatch.undo()
+    lookup.forget_tables()
 
 
 @needs_gpu

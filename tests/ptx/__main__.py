@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+
 def table_of(results: list[Result]) -> Table:
     table = Table()
     for title in ("architecture", "kernel", "cases", "worst share of the bound", "wrong", "seconds"):

@@ -19,9 +19,7 @@ from one import reason_to_allow
 
 from benchmarks.static import stub_driver
 
-_EXECUTOR = ctypes.CFUNCTYPE(
-    None, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.POINTER(ctypes.c_void_p)
-)
+_EXECUTOR = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.POINTER(ctypes.c_void_p))
 _now = threading.local()  # launch, tensors: of the call that is under way in a thread
 
 # What went wrong in launches so far, in words; and the names of the kernels launched.

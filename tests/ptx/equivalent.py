@@ -13,8 +13,8 @@ class Equivalent:
 
 
 _FIRST_COLUMNS = (
-    "the mask or clamp is that of columns 0 to 15 of a tile, and N is a multiple of 16 in a kernel compiled so: they are "
-    "all inside or the tile does not exist"
+    "the mask or clamp is that of columns 0 to 15 of a tile, and N is a multiple of 16 in a kernel compiled so: they "
+    "are all inside or the tile does not exist"
 )
 
 EQUIVALENT: tuple[Equivalent, ...] = (
@@ -71,9 +71,9 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "bar.sync is left out",
-        "what it orders is in order without it: buffers that nothing used before are filled, or the same warp acts before "
-        "and after it. Any two warps that meet in a byte without order would be reported, whatever the shape: addresses in "
-        "shared memory do not depend on it",
+        "what it orders is in order without it: buffers that nothing used before are filled, or the same warp acts "
+        "before and after it. Any two warps that meet in a byte without order would be reported, whatever the shape: "
+        "addresses in shared memory do not depend on it",
         {
             "sm_80 pointer": (0,),
             "sm_80 pointer, ragged K": (0,),

@@ -45,7 +45,9 @@ class Outcome:
     def check_written_once(self, memory: Memory, tensor: Tensor) -> None:
         times = memory.times_written(tensor)
         if (times != 1).any():
-            self.wrong.append(f"{int((times == 0).sum())} bytes of {tensor.name} not written, {int((times > 1).sum())} twice")
+            self.wrong.append(
+                f"{int((times == 0).sum())} bytes of {tensor.name} not written, {int((times > 1).sum())} twice"
+            )
 
 
 def compiled(case: Case) -> Compiled:

@@ -78,7 +78,11 @@ _DROPPED = (
     "cp.async.bulk.tensor",
 )  # fmt: skip
 _REPLACED = (
-    ("one group too few is waited for", r"(cp\.async\.wait_group\s+|wgmma\.wait_group\S* |bulk\.wait_group\S* )(\d+);", 1),
+    (
+        "one group too few is waited for",
+        r"(cp\.async\.wait_group\s+|wgmma\.wait_group\S* |bulk\.wait_group\S* )(\d+);",
+        1,
+    ),
     ("swizzle: another bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+);", 32),
     ("offset in shared or global memory", r"(add\.s32\s+%r\d+, %r\d+, )(\d{4,});", 16),
     ("bytes expected of a bulk copy", r"(expect_tx\S* _, \[%r\d+\], )(\d+);", 128),
@@ -184,7 +188,9 @@ def main(arguments: list[str]) -> int:
     for title in ("kind of fault", "planted", "found", "equivalent", "not found", "how they were found"):
         table.add_column(title, justify="left" if title.startswith(("kind", "how")) else "right")
     missed = []
-    known = {(name, each.kind, number) for each in EQUIVALENT for name, numbers in each.where.items() for number in numbers}
+    known = {
+        (name, each.kind, number) for each in EQUIVALENT for name, numbers in each.where.items() for number in numbers
+    }
     for kind in dict.fromkeys(fault.kind for _, fault, _ in found):
         mine = [(name, fault, how) for name, fault, how in found if fault.kind == kind]
         how = Counter(how for _, _, how in mine if how)
@@ -195,7 +201,10 @@ def main(arguments: list[str]) -> int:
         table.add_row(kind, *map(str, counts), ", ".join(f"{words} {n}" for words, n in how.most_common()))
     console.print(table)
     for name, fault in missed:
-        console.print(f"not found: {name}, line {fault.line}, {fault.kind} {fault.number}: {fault.text.strip()[:80]}", markup=False)
+        console.print(
+            f"not found: {name}, line {fault.line}, {fault.kind} {fault.number}: {fault.text.strip()[:80]}",
+            markup=False,
+        )
     total = sum(bool(how) for _, _, how in found)
     console.print(f"{total} of {len(found)} faults found, {len(missed)} not, {time.perf_counter() - start:.0f} s")
     return 1 if missed else 0

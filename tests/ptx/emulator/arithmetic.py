@@ -258,7 +258,9 @@ class Source:
                 name = f"{name}.astype({NAMES[own]})"
             elif NAMES[own] != NAMES[kind]:
                 name = f"{name}.view({NAMES[own]})"
-            self.lines.append(f"R[{number}] = keep(mask, {name}, R[{number}])" if self.masked else f"R[{number}] = {name}")
+            self.lines.append(
+                f"R[{number}] = keep(mask, {name}, R[{number}])" if self.masked else f"R[{number}] = {name}"
+            )
             self.locals = {key: value for key, value in self.locals.items() if not key.startswith(f"R[{number}]")}
             if not self.masked and SIZES[own] == SIZES[kind]:
                 view = "" if NAMES[own] == NAMES[kind] else f".view({NAMES[kind]})"
@@ -286,4 +288,3 @@ def keep(mask: Array | None, new: Array, old: Array | None) -> Array:
     if old is None:
         old = np.full(len(mask), True if new.dtype == bool else -1).astype(new.dtype)
     return np.where(mask, new, old)
-

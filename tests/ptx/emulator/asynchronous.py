@@ -61,7 +61,11 @@ def _bulk(ins: Instruction, reader: "Reader") -> "Effect | None":
     box = re.fullmatch(r"\[\s*(\S+),\s*\{(.*),(.*)\}\s*\]", ins.args[1 if loads else 0])
     if box is None:
         return None
-    tensor, column, row = reader.get(box[1], "u64"), reader.get(box[2].strip(), "s32"), reader.get(box[3].strip(), "s32")
+    tensor, column, row = (
+        reader.get(box[1], "u64"),
+        reader.get(box[2].strip(), "s32"),
+        reader.get(box[3].strip(), "s32"),
+    )
     shared = reader.address(ins.args[0 if loads else 1], wide=False)
     if loads:
         barrier_at = reader.address(ins.args[2], wide=False)

@@ -105,7 +105,7 @@ class Wgmma:
         element: str,
         ins: Instruction,
     ) -> None:
-        """Add the product of operands ``[64, 32 bytes]`` and ``[columns, 32 bytes]`` to the targets, or replace them."""
+        """Add the product of ``[64, 32 bytes]`` and ``[columns, 32 bytes]`` to the targets, or replace them."""
         if not self.unfenced.isdisjoint(targets):
             self.reports.add("missing wgmma.fence", ins, "accumulators were written since the last one")
         for warp in range(4 * group, 4 * group + 4):

@@ -108,7 +108,9 @@ class Memory:
         if not ok.all():
             wrong = int(addresses[~ok][0])
             tensor = self.tensors[int(index[~ok][0])]
-            raise ins.error(f"{what} outside of tensors, byte {wrong - tensor.address} of {tensor.name} ({tensor.extent})")
+            raise ins.error(
+                f"{what} outside of tensors, byte {wrong - tensor.address} of {tensor.name} ({tensor.extent})"
+            )
         return places
 
     def load(self, places: Array, size: int, count: int, ins: Instruction, reports: Reports) -> Array:

@@ -63,7 +63,9 @@ class Program:
     code: list[Instruction] = field(default_factory=list)
 
 
-_PARAMETER = re.compile(r"\.param\s+(?:\.align \d+ )?\.(\w\d+)(?:\s+\.ptr)?(?:\s+\.global)?(?:\s+\.align \d+)?\s+(\w+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align \d+ )?\.(\w\d+)(?:\s+\.ptr)?(?:\s+\.global)?(?:\s+\.align \d+)?\s+(\w+)(?:\[(\d+)\])?"
+)
 _ENTRY = re.compile(r"\.entry\s+\w+\((.*?)\)\s*(?:\.\w+[^\n{]*\n)*\{", re.S)
 _GUARDED = re.compile(r"@(!?)([%\w]+)\s+(.*)")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<(\d+)>)?")
