@@ -10,10 +10,11 @@ from .numbers import NAMES, NAMESPACE, SIZES, Array
 from .parse import Instruction, Program
 
 # Where the arrays of a block begin: shared memory, and the address of each parameter.
-SHARED_BASE, PARAMETER_BASE, PARAMETER_STEP = 1024, 0x500000000000, 256
+SHARED_BASE, PARAMETER_BASE, PARAMETER_STEP = 1024, 0x50000000, 256
 
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+_KEEPS_NAN = {"min": "np.minimum", "max": "np.maximum"}
 _PAIRS = {"f16x2": "from_half", "bf16x2": "from_bf16"}
 
 
@@ -108,11 +109,14 @@ def _flushed(ins: Instruction, text: str) -> str:
 
 def _extreme(ins: Instruction, value: Value) -> Results:
     op, kind = ins.parts[0], ins.parts[-1]
-    if kind in ("f16", "bf16"):
-        raise KeyError(ins.op)
-    prefix = "f" if kind == "f32" and "NaN" not in ins.parts else ""
-    function = {"min": "np.fmin", "max": "np.fmax"}[op] if prefix else {"min": "np.minimum", "max": "np.maximum"}[op]
-    return _one(ins, kind, f"{function}({value(1, kind)}, {value(2, kind)})")
+    is_float = kind in ("f32", "f16", "bf16", *_PAIRS)
+    functions = {"min": "np.fmin", "max": "np.fmax"} if is_float and "NaN" not in ins.parts else _KEEPS_NAN
+    if not is_float or kind == "f32":
+        return _one(ins, kind, f"{functions[op]}({value(1, kind)}, {value(2, kind)})")
+    pair, element = ("b32", kind.removesuffix("x2")) if kind in _PAIRS else ("b16", kind)
+    read, write = {"f16": ("from_half", "to_half"), "bf16": ("from_bf16", "to_bf16")}[element]
+    a, b = (f"{read}({value(i, pair)}.view(uint16))" for i in (1, 2))
+    return _one(ins, pair, f"{write}({functions[op]}({a}, {b})).view({NAMES[pair]})")
 
 
 def _shift(ins: Instruction, value: Value) -> Results:
