@@ -38,6 +38,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	MYPYPATH=tests/ptx $(VENV)/bin/mypy -p emulator
 
 # Other versions are installed into .versions/, beside the pinned ones.
 matrix: $(VENV)/.test

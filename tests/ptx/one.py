@@ -9,6 +9,7 @@ import execute
 import triton
 from emulator.parse import PTXError
 
+
 @dataclass(frozen=True)
 class Allowed:
     """What Triton's own code does, and why it is let through. words: of the report. versions: of Triton, its start."""
@@ -40,7 +41,7 @@ ALLOWED = (
     Allowed(
         "unfinished register",
         "used before tcgen05.wait::ld",
-        "Triton 3.9 lets LLVM move arithmetic on loaded registers before tcgen05.wait::ld (sm_100); see docs/design/ptx.md",
+        "Triton 3.9 lets LLVM move arithmetic on loaded registers before tcgen05.wait::ld (sm_100)",
         versions="3.9.",
     ),
 )

@@ -42,9 +42,8 @@ def _copy(ins: Instruction, reader: "Reader") -> "Effect | None":
     given = reader.get(ins.args[3] if len(ins.args) > 3 else str(size), "u32")
 
     def copy(block: "Block", mask: Array | None) -> None:
-        block.copies.copy(
-            *block.pick(mask, target(block), source(block)), size, *block.pick(mask, given(block), block.warp), ins
-        )
+        targets, sources, bytes_given, warps = block.pick(mask, target(block), source(block), given(block), block.warp)
+        block.copies.copy(targets, sources, size, bytes_given, warps, ins)
 
     return copy
 
@@ -71,14 +70,16 @@ def _bulk(ins: Instruction, reader: "Reader") -> "Effect | None":
         barrier_at = reader.address(ins.args[2], wide=False)
 
         def load(block: "Block", mask: Array | None) -> None:
-            for warp, *at, barrier in _acting(block, mask, tensor, shared, row, column, barrier_at):
-                block.bulk.load(_map(block, at[0], ins), *at[1:], barrier, warp, ins)
+            for warp, described, to, first_row, first_column, at in _acting(
+                block, mask, tensor, shared, row, column, barrier_at
+            ):
+                block.bulk.load(_map(block, described, ins), to, first_row, first_column, at, warp, ins)
 
         return load
 
     def store(block: "Block", mask: Array | None) -> None:
-        for warp, *at in _acting(block, mask, tensor, shared, row, column):
-            block.bulk.store(_map(block, at[0], ins), *at[1:], warp, ins)
+        for warp, described, at, first_row, first_column in _acting(block, mask, tensor, shared, row, column):
+            block.bulk.store(_map(block, described, ins), at, first_row, first_column, warp, ins)
 
     return store
 

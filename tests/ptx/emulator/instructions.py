@@ -168,7 +168,8 @@ def _matrix_places(address: Getter, index: int, transposed: bool) -> tuple[Gette
     def apart(block: "Block") -> Array:
         rows = address(block).reshape(-1, 32)[:, 8 * index : 8 * index + 8]
         g, t = np.divmod(np.arange(32), 4)
-        return (rows[:, np.stack((2 * t, 2 * t + 1), 1)] + 2 * g[:, None]).ravel()
+        addresses: Array = rows[:, np.stack((2 * t, 2 * t + 1), 1)] + 2 * g[:, None]
+        return addresses.ravel()
 
     return (apart, 2) if transposed else (together, 4)
 
@@ -214,8 +215,8 @@ def _mma(ins: Instruction, reader: Reader) -> Effect | None:
     d, a, b, c = (reader.numbers(arg) for arg in ins.args)
 
     def multiply(block: "Block", mask: Array | None) -> None:
-        read = [[block.registers[number] for number in numbers] for numbers in (a, b, c)]
-        for target, values in zip(d, mma_sync(*read, element), strict=True):
+        left, right, added = ([block.registers[number] for number in numbers] for numbers in (a, b, c))
+        for target, values in zip(d, mma_sync(left, right, added, element), strict=True):
             block.put(target, values.view(np.uint32), mask)
 
     return multiply

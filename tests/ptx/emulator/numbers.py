@@ -91,15 +91,10 @@ def shifted(x: Array, amount: Array, left: bool) -> Array:
     """``shl`` and ``shr``: PTX shifts by at most the width, which leaves zeros or the sign."""
     bits = 8 * x.dtype.itemsize
     within = np.minimum(amount, uint32(bits - 1)).astype(x.dtype)
-    out = x << within if left else x >> within
+    out: Array = x << within if left else x >> within
     if x.dtype.kind == "i" and not left:
         return out
     return np.where(amount >= bits, x.dtype.type(0), out)
-
-
-def packed(parts: list[Array], threads: int) -> Array:
-    """Return registers side by side: the first in the lowest bits."""
-    return np.stack([np.broadcast_to(part, (threads,)) for part in parts], 1)
 
 
 # What generated code may call (``arithmetic.py``).
@@ -107,5 +102,5 @@ NAMESPACE: dict[str, Any] = {
     "np": np, "uint8": uint8, "uint16": uint16, "uint32": uint32, "uint64": uint64, "int16": int16, "int32": int32,
     "int64": int64, "float16": float16, "float32": float32, "float64": float64, "bool_": np.bool_,
     "to_bf16": to_bf16, "from_bf16": from_bf16, "to_half": to_half, "from_half": from_half, "fma": fma, "ftz": ftz,
-    "exp2": exp2, "divide": divide, "quotient": quotient, "bits_of": bits_of, "shifted": shifted, "packed": packed,
+    "exp2": exp2, "divide": divide, "quotient": quotient, "bits_of": bits_of, "shifted": shifted,
 }  # fmt: skip
