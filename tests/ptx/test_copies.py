@@ -17,7 +17,7 @@ COPY = SHARED + SOURCE + "cp.async.ca.shared.global [%r20], [%rd21], 4, SIZE;"
 LOAD = f"ld.shared.b32 %r9, [%r20]; {STORE}"
 DATA = np.arange(100, 164, dtype=uint32)
 
-# -------------------------------------------------------------------------------------------------------------- cp.async
+# ------------------------------------------------------------------------------------------------------------- cp.async
 
 
 def copied(between: str, size: str = "4", threads: int = 32) -> Ran:
@@ -71,7 +71,7 @@ def test_another_warp_needs_a_barrier_after_the_wait() -> None:
     assert ran.result.tolist() == [DATA[i ^ 32] for i in range(64)]
 
 
-# -------------------------------------------------------------------------------------------------- bulk copies, mbarriers
+# ----------------------------------------------------------------------------------------------- bulk copies, mbarriers
 
 ROWS, COLUMNS, STRIDE = 20, 40, 48  # elements of 2 bytes
 MATRIX = np.arange(ROWS * COLUMNS, dtype=uint16).reshape(ROWS, COLUMNS)

@@ -9,7 +9,7 @@ from program import Ran, drawn, encoded, run
 
 SHARED = "mov.b32 %r21, global_smem;"
 
-# ------------------------------------------------------------------------------------------------- matrices in shared memory
+# -------------------------------------------------------------------------------------------- matrices in shared memory
 
 INS = Instruction(1, "wgmma", "wgmma.x", [], None, False, frozenset())
 # By width of a swizzled row in bytes: the descriptor's upper bits.
@@ -44,13 +44,13 @@ def test_an_operand_without_swizzle_is_not_emulated() -> None:
         operand(64, 64, "f16", INS)
 
 
-# ------------------------------------------------------------------------------------------------------- wgmma and tcgen05
+# ---------------------------------------------------------------------------------------------------- wgmma and tcgen05
 
 M, N = 64, 32
 A, B = drawn(M, 16), drawn(N, 16)
 
 
-def filled(element: str, fence: str = "fence.proxy.async.shared::cta;", rows: int = M) -> tuple[str, np.ndarray]:
+def filled(element: str, fence: str = "fence.proxy.async.shared::cta;") -> tuple[str, np.ndarray]:
     """PTX that copies A and B, in rows of 32 swizzled bytes, to shared bytes 0 and 4096; and their words."""
     pieces = []
     for matrix, start in ((A, 1024), (B, 1024 + 4096)):
@@ -60,14 +60,12 @@ def filled(element: str, fence: str = "fence.proxy.async.shared::cta;", rows: in
         memory.view(bits.dtype)[(at - (start - 1024)) // bits.itemsize] = bits
         pieces.append(memory)
     image = np.concatenate(pieces).view(uint32)
-    body = (
-        SHARED
-        + "add.s32 %r20, %r21, %r2;"
-        + "".join(
-            f"add.s64 %rd21, %rd2, {512 * i}; add.s64 %rd21, %rd21, %rd10; ld.global.b32 %r30, [%rd21]; st.shared.b32 [%r20+{512 * i}], %r30;"
-            for i in range(16)
-        )
+    copies = (
+        f"add.s64 %rd21, %rd2, {512 * i}; add.s64 %rd21, %rd21, %rd10;"
+        f"ld.global.b32 %r30, [%rd21]; st.shared.b32 [%r20+{512 * i}], %r30;"
+        for i in range(16)
     )
+    body = SHARED + "add.s32 %r20, %r21, %r2;" + "".join(copies)
     return f"{body}\n{fence} bar.sync 0;", image
 
 
