@@ -114,12 +114,10 @@ def check(
         timed, timed_are = sample_for(model, tokenizer, texts[:batch], tokens)
         _forward(model, timed)
 
-    wishes: list[dict[str, bool]] = [{}]
+    wishes: list[Json] = [{}]
     wishes += [{"unpad": True}] * unpad + [{"cls_only": True}] * cls_only
     wishes += [{"unpad": True, "cls_only": True}] * (unpad and cls_only)
-    variants = _verify(model, few, wishes)
-    for variant, gain in zip(variants, _gains(model, timed, wishes, seconds), strict=True):
-        variant["gain"] = gain
+    variants = compare(model, few, timed, wishes, seconds)
     return {
         "model": str(folder),
         "class": type(model).__name__,
@@ -135,7 +133,23 @@ def check(
     }
 
 
-def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, bool]]) -> list[Json]:
+def compare(
+    model: nn.Module, few: dict[str, Tensor], timed: dict[str, Tensor], wishes: list[Json], seconds: float
+) -> list[Json]:
+    """Compare the model with itself fused, for each set of options of ``fuse``: results on few rows, and times.
+
+    Returns a variant for each, as ``print_variant`` prints it.
+
+    Raises:
+        CommandError: an output of the unfused model is not finite, so nothing can be compared.
+    """
+    variants = _verify(model, few, wishes)
+    for variant, gain in zip(variants, _gains(model, timed, wishes, seconds), strict=True):
+        variant["gain"] = gain
+    return variants
+
+
+def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[Json]) -> list[Json]:
     """Return fuse's report for each set of options, and each output's largest difference beside what rounding explains.
 
     Rounding explains how far an output of the unfused model may move if the same sums are rounded elsewhere.
@@ -187,9 +201,7 @@ def _verify(model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, 
     return variants
 
 
-def _gains(
-    model: nn.Module, inputs: dict[str, Tensor], wishes: list[dict[str, bool]], seconds: float
-) -> list[Json | None]:
+def _gains(model: nn.Module, inputs: dict[str, Tensor], wishes: list[Json], seconds: float) -> list[Json | None]:
     """Return, for each set of options, its time beside the unfused model's and their ratio; None if not timed."""
     if not seconds:
         return [None] * len(wishes)
@@ -214,7 +226,7 @@ def _gains(
     return gains
 
 
-def _sampler(model: nn.Module, inputs: dict[str, Tensor], options: dict[str, bool] | None) -> Sampler:
+def _sampler(model: nn.Module, inputs: dict[str, Tensor], options: Json | None) -> Sampler:
     """Return a sampler of one call, for which the model is fused with these options; None: not fused."""
     synchronize: Callable[[], object] = torch.cuda.synchronize if next(model.parameters()).is_cuda else int
     sample = wall_sampler([functools.partial(_forward, model, inputs)], synchronize)
@@ -240,25 +252,30 @@ def print_result(result: Json) -> None:
         print(f"No kernel runs here ({result['no_kernel_because']}): the fused model takes its PyTorch path.")
     said: list[str] = []
     for variant in result["variants"]:
-        options = "".join(f", {name}=True" for name in variant["options"])
-        print(f"\nfuse(model{options})")
-        lines = [f"{name or '(model)'}  fused  {variant['paths'][name]}" for name in variant["fused"]]
-        lines += [f"{name or '(model)'}  skipped  {reason}" for name, reason in variant["skipped"].items()]
-        for line in lines:
-            if line not in said:
-                print(f"  {line}")
-        said += lines
-        print("  " + ("verified" if variant["verified"] else "WRONG: differs by more than rounding"))
-        for path, output in variant["outputs"].items():
-            print(
-                f"    {path or 'output'}: largest difference {output['difference']:.2e}, "
-                f"rounding explains {output['explained']:.2e}"
-            )
-        _print_gain(variant["gain"])
+        said += print_variant(variant, said)
     print(f"\nverified on {result['verified_on']}")
     print(f"timed on    {result['timed_on']}")
     if result["no_kernel_because"] is not None:
         print("Without options fused and unfused are the same PyTorch here: their times differ by noise.")
+
+
+def print_variant(variant: Json, said: list[str]) -> list[str]:
+    """Print a variant but for lines of its report that were said before; return the report's lines."""
+    options = "".join(f", {name}={value!r}" for name, value in variant["options"].items())
+    print(f"\nfuse(model{options})")
+    lines = [f"{name or '(model)'}  fused  {variant['paths'][name]}" for name in variant["fused"]]
+    lines += [f"{name or '(model)'}  skipped  {reason}" for name, reason in variant["skipped"].items()]
+    for line in lines:
+        if line not in said:
+            print(f"  {line}")
+    print("  " + ("verified" if variant["verified"] else "WRONG: differs by more than rounding"))
+    for path, output in variant["outputs"].items():
+        print(
+            f"    {path or 'output'}: largest difference {output['difference']:.2e}, "
+            f"rounding explains {output['explained']:.2e}"
+        )
+    _print_gain(variant["gain"])
+    return lines
 
 
 def _print_gain(gain: Json | None) -> None:

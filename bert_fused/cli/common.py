@@ -146,6 +146,23 @@ def load(
     return model, tokenizer, sorted(loading["missing_keys"])
 
 
+def load_classifier(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+    """Return a folder's model in eval mode under a head that gives each row one score, the same one in each process.
+
+    The head is drawn at random. None if transformers has no such class for the model.
+    """
+    import transformers  # here, since --help and info need no transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=1)
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind: Any = transformers.AutoModelForSequenceClassification
+        model: nn.Module = kind.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    return model.eval().to(device)
+
+
 @contextlib.contextmanager
 def blame_model(model: nn.Module) -> Iterator[None]:
     """Report an error in the block as the model's, not this package's, since nothing is fused there.

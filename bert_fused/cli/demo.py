@@ -1,7 +1,9 @@
-"""Semantic search over the docstrings of Python's standard library, fused against unfused.
+"""Search the docstrings of Python's standard library and rerank what was found, fused against unfused.
 
 First the model is checked as ``check --unpad`` does it, on docstrings of very different length: what was fused, how far
 the results are apart, how long both took. Then the fused model embeds hundreds of docstrings and answers some queries.
+Then a cross-encoder scores a query with its best answers: the same weights under a head drawn at random, since no
+trained reranker is at hand, so its times and rounding are real and its order is not.
 Where no kernel runs, the model is checked once more with the Triton kernels in Triton's interpreter.
 Exits with 1 if the results differ by more than rounding, with 2 if it cannot start.
 """
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 import bert_fused
 
 from ..fallback import HAS_TRITON
-from .check import check, print_result
+from .check import CHECKED_ROWS, check, compare, print_result, print_variant
 from .common import (
     DTYPES,
     CommandError,
@@ -31,6 +33,7 @@ from .common import (
     device_of,
     dtype_of,
     load,
+    load_classifier,
     print_json,
     require,
     with_bar,
@@ -54,6 +57,9 @@ BATCH = 32
 MAX_TOKENS = 256
 # Texts in the batch that is timed, in no order, as a server gets them.
 TIMED = 16
+# Best answers to a query that are scored again, in a batch of this size.
+RERANKED = 32
+SECONDS = 15.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,15 +102,19 @@ def _demo(arguments: argparse.Namespace) -> Json:
     print(f"\nsearch in {len(texts)} docstrings of {min(map(len, texts))} to {max(map(len, texts))} characters")
     with bert_fused.fused(model, unpad=True, skip_pooler=True):
         embeddings = _embed(model, tokenizer, [*texts, *queries])
-    answers = _answers(queries, embeddings[len(texts) :], embeddings[: len(texts)], list(names))
+    scores = embeddings[len(texts) :] @ embeddings[: len(texts)].t()
+    answers = _answers(queries, scores, list(names))
     _print_answers(answers, dict(zip(names, texts, strict=True)))
+    best = scores[0].topk(min(RERANKED, len(texts))).indices.tolist()
+    reranked = _rerank(folder, tokenizer, queries[0], [texts[i] for i in best], model)
 
     interpreted = _check_in_interpreter(folder) if result["no_kernel_because"] is not None else None
-    verified = result["verified"] and (interpreted is None or interpreted["verified"])
+    verified = all(part is None or part["verified"] for part in (result, reranked, interpreted))
     if not verified:
         print("\nFAILED: fused and unfused differ by more than rounding", file=sys.stderr)
     return result | {
         "verified": verified,
+        "rerank": reranked,
         "interpreter": interpreted,
         "texts": len(texts),
         "answers": answers,
@@ -134,9 +144,9 @@ def _embed(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return torch.stack([rows[i] for i in range(len(texts))])
 
 
-def _answers(queries: list[str], query: Tensor, documents: Tensor, names: list[str]) -> dict[str, list[Json]]:
-    """Return the best documents for each query. query ``[Q, H]`` and documents ``[D, H]`` have unit length."""
-    best = (query @ documents.t()).topk(min(3, len(names)))
+def _answers(queries: list[str], scores: Tensor, names: list[str]) -> dict[str, list[Json]]:
+    """Return the best documents for each query. scores ``[queries, documents]``: cosines of their embeddings."""
+    best = scores.topk(min(3, len(names)))
     return {
         question: [{"score": score, "name": names[j]} for score, j in zip(scores, columns, strict=True)]
         for question, scores, columns in zip(queries, best.values.tolist(), best.indices.tolist(), strict=True)
@@ -148,6 +158,29 @@ def _print_answers(answers: dict[str, list[Json]], texts: dict[str, str]) -> Non
         print(f"\n? {question}")
         for answer in found:
             print(f"  {answer['score']:.3f}  {answer['name']}: {texts[answer['name']].splitlines()[0][:80]}")
+
+
+def _rerank(folder: Path, tokenizer: Tokenizer, query: str, texts: list[str], model: nn.Module) -> Json | None:
+    """Score the texts for a query with a cross-encoder, fused and not; return how both compare.
+
+    None, and a sentence, if transformers has no classifier of the model's family.
+    """
+    parameter = next(model.parameters())
+    reranker = load_classifier(folder, parameter.device, parameter.dtype)
+    if reranker is None:
+        print(f"\ntransformers has no classifier of {type(model).__name__}'s family, so nothing is reranked")
+        return None
+
+    def pairs(count: int) -> dict[str, Tensor]:
+        return tokenize(tokenizer, texts[:count], parameter.device, MAX_TOKENS, before=query)
+
+    print(f"\nrerank: {type(reranker).__name__} with a random head scores the query with its {len(texts)} best answers")
+    with blame_model(reranker):
+        (variant,) = compare(
+            reranker, pairs(CHECKED_ROWS), pairs(len(texts)), [{"unpad": True, "cls_only": "auto"}], SECONDS
+        )
+    print_variant(variant, [])
+    return variant
 
 
 def _check_in_interpreter(folder: Path) -> Json | None:

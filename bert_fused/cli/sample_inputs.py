@@ -51,9 +51,15 @@ def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
                 yield from _docstrings_of(child, f"{name}.{child.name}")
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str], device: torch.device, max_tokens: int) -> dict[str, Tensor]:
-    """Return a batch as long as its longest text, with padding behind the others; every tensor is ``[B, S]``."""
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+def tokenize(
+    tokenizer: Tokenizer, texts: list[str], device: torch.device, max_tokens: int, *, before: str | None = None
+) -> dict[str, Tensor]:
+    """Return a batch as long as its longest text, with padding behind the others; every tensor is ``[B, S]``.
+
+    before: a text that each row has first, as a cross-encoder takes a query.
+    """
+    columns = (texts,) if before is None else ([before] * len(texts), texts)
+    batch = tokenizer(*columns, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -1,5 +1,6 @@
 """The command line: the demo on the real model, info, usage, and what is not installed."""
 
+import importlib
 import json
 import os
 import re
@@ -34,14 +35,15 @@ def test_demo_verifies_the_real_model_here_and_in_the_interpreter() -> None:
     done = run("demo", "--texts", "40", "--query", "wrap a paragraph of text")
     assert done.returncode == 0, done.stderr
     here, interpreted = done.stdout.split("in Triton's interpreter:")
-    assert len(re.findall(r"encoder\.layer\.\d\.intermediate  fused  PyTorch", here)) == 6
+    assert len(re.findall(r" encoder\.layer\.\d\.intermediate  fused  PyTorch", here)) == 6
     assert "No kernel runs here (cpu is not an NVIDIA GPU)" in here
     assert "no work on padding" in here
     assert "times as fast" in here or "not timed" in here
+    assert "rerank: BertForSequenceClassification with a random head" in here
     assert re.search(r"^\? wrap a paragraph of text\n(  0\.\d+  \w.*\n){3}", here, re.MULTILINE)
     assert len(re.findall(r"encoder\.layer\.\d\.intermediate  fused  Triton", interpreted)) == 6
     differences = re.findall(r"largest difference (\S+), rounding explains (\S+)", here + interpreted)
-    assert len(differences) == 6
+    assert len(differences) == 7
     assert all(float(difference) <= float(limit) for difference, limit in differences)
     assert all(0 < float(difference) for difference, _ in differences[2:])
 
@@ -53,6 +55,7 @@ def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     from transformers import AutoTokenizer
 
     monkeypatch.setattr("bert_fused.cli.check.ROUNDS", 1)
+    monkeypatch.setattr("bert_fused.cli.demo.SECONDS", 0.0)
     make(vocab_size=30522, max_position_embeddings=300).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
     return str(tmp_path)
@@ -81,6 +84,20 @@ def test_demo_fails_if_the_check_in_the_interpreter_fails(status, expected, monk
     monkeypatch.setattr("bert_fused.cli.demo.subprocess.run", child)
     assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model]) == expected
     assert "in Triton's interpreter" in capsys.readouterr().out
+
+
+def test_demo_fails_if_reranked_scores_differ(monkeypatch, tiny_model, capsys) -> None:
+    demo = importlib.import_module("bert_fused.cli.demo")
+    honest = demo.compare
+    monkeypatch.setattr(demo, "compare", lambda *a: [{**variant, "verified": False} for variant in honest(*a)])
+    assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model]) == 1
+    assert "FAILED: fused and unfused differ" in capsys.readouterr().err
+
+
+def test_demo_reranks_nothing_where_transformers_has_no_classifier(monkeypatch, tiny_model, capsys) -> None:
+    monkeypatch.setattr("bert_fused.cli.demo.load_classifier", lambda *_: None)
+    assert main(["demo", "--texts", "4", "--query", "text", "--model", tiny_model]) == 0
+    assert "no classifier of BertModel's family" in capsys.readouterr().out
 
 
 def test_demo_refuses_zero_texts_and_missing_packages(monkeypatch, capsys) -> None:
@@ -153,6 +170,11 @@ def test_demo_prints_json_alone_on_stdout(dtype, tiny_model, capsys) -> None:
     assert result["variants"][0]["fused"] == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate", "pooler"]
     assert all(output["difference"] > 0 for variant in result["variants"] for output in variant["outputs"].values())
     assert len(result["answers"]["text"]) == 3
+    rerank = result["rerank"]
+    assert rerank["verified"] is True
+    assert rerank["options"] == {"unpad": True, "cls_only": "auto"}
+    assert "bert.encoder" in rerank["fused"]
+    assert 0 < rerank["outputs"]["logits"]["difference"] <= rerank["outputs"]["logits"]["explained"]
     assert "? text" in error
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def test_each_example_prints_its_help(name: str) -> None:
     done = subprocess.run([sys.executable, EXAMPLES / name, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_reranking_gives_the_scores_of_the_unfused_model() -> None:
+    pytest.importorskip("sentence_transformers")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, EXAMPLES / "rerank.py"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "8 fused, 0 skipped" in done.stdout
+    assert float(re.search(r"scores differ by at most (\S+)", done.stdout)[1]) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------ finetune_ddp.py
