@@ -29,6 +29,7 @@ COLOURS = {
     "torch.compile": "#ef6c00",
     "max-autotune without graphs": "#6a1b9a",
 }
+UNPADDED = {"ours unpadded": "#1565c0", "ours unpadded, position 0 only": "#2e7d32"}
 MAX_ROWS = 40
 
 
@@ -38,6 +39,9 @@ def draw(groups: list[Group], out: Path) -> list[tuple[str, Path]]:
     modules = _most_measured([group for group in groups if case_of(group)["suite"] == "modules"])
     if modules:
         pictures.append(("Speed-up over eager", _over_rows(modules, out / "speedup.svg")))
+    ragged = [group for group in groups if case_of(group)["suite"] == "models" and case_of(group)["ragged"]]
+    if ragged:
+        pictures.append(("Speed-up over eager without padding", _over_fill(by_shape(ragged), out / "unpadded.svg")))
     for suite in dict.fromkeys(case_of(group)["suite"] for group in groups):
         of_suite = [group for group in groups if case_of(group)["suite"] == suite]
         pictures += _against_rivals(by_shape(of_suite[:MAX_ROWS]), suite, out / f"rivals-{suite}.svg")
@@ -90,6 +94,38 @@ def _over_rows(groups: list[Group], path: Path) -> Path:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     case = case_of(groups[0])
     figure.suptitle(f"{_machine(groups)}: linear + {case['activation']}, {case['dtype']}, forward", fontsize=11)
+    return _save(figure, path)
+
+
+def _over_fill(groups: list[Group], path: Path) -> Path:
+    """Draw a panel for each model, with and without a head, and a line for each way to leave out work, over the fill.
+
+    Of a model with several shapes the one measured at most fills is drawn.
+    """
+    panels: dict[str, dict[float, Group]] = {}
+    for group in groups:
+        panels.setdefault(_label(group).replace(" ragged", ""), {})[next(iter(group.values()))["fill"]] = group
+    kinds: dict[str, str] = {}
+    for label in sorted(panels, key=lambda label: -len(panels[label])):
+        kinds.setdefault(label.split(" B=")[0], label)
+    size = 1.5 + 3.6 * len(kinds), 3.6
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, label in zip(axes[0], kinds.values(), strict=True):
+        for name, colour in UNPADDED.items():
+            found = {fill: speedup(group, "eager", over=name) for fill, group in sorted(panels[label].items())}
+            points = {fill: point for fill, point in found.items() if point}
+            fills = list(points)
+            axis.plot(fills, [points[fill].median for fill in fills], color=colour, label=name, marker="o", ms=4)
+            low, high = [points[fill].low for fill in fills], [points[fill].high for fill in fills]
+            axis.fill_between(fills, low, high, color=colour, alpha=0.15, lw=0)
+        axis.axhline(1, color=COLOURS["eager"], linewidth=1, linestyle="--")
+        axis.set(title=label, xlabel="share of tokens that are real", xlim=(0, 1.02), ylim=(0, None))
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("speed-up over eager")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    device = next(iter(groups[0].values()))["device"]
+    figure.suptitle(f"{device['name']}{', one thread' if device['type'] == 'cpu' else ''}", fontsize=10)
     return _save(figure, path)
 
 

@@ -64,7 +64,7 @@ def test_run_and_report_cover_every_suite(
             assert f"| {record['wall']['median_us']:.2f} |" in text
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert sorted(pictures) == sorted(path.name for path in tmp_path.glob("*.svg"))
-    assert {"speedup.svg", "rivals-modules.svg", "rivals-models.svg"} <= set(pictures)
+    assert {"speedup.svg", "unpadded.svg", "rivals-modules.svg", "rivals-models.svg"} <= set(pictures)
     for picture in pictures:
         assert xml.etree.ElementTree.parse(tmp_path / picture).getroot().tag.endswith("svg")
 
