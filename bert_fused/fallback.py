@@ -45,10 +45,15 @@ def interpreted() -> bool:
     return HAS_TRITON and runtime.INTERPRETED
 
 
+def is_disabled() -> bool:
+    """Return whether ``BERT_FUSED_DISABLE`` is set."""
+    return _environment.get(_SWITCH) not in _NOT_SET
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why tensors of this device and dtype take the PyTorch path, or None if a kernel serves them."""
-    if _environment.get(_SWITCH) not in _NOT_SET:
+    if is_disabled():
         return "BERT_FUSED_DISABLE is set"
     if dtype not in KERNEL_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} has no kernel"

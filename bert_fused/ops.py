@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import onednn, reference
 from .autograd import check, check_dtypes, launch, operator, record
-from .fallback import HAS_TRITON, fallback_reason, is_plain, log_once
+from .fallback import HAS_TRITON, device_reason, fallback_reason, is_disabled, is_plain, log_once
 from .reference import NEEDS_PREACT
 
 if HAS_TRITON:
@@ -81,6 +81,16 @@ def cls_pool(
     return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
 
 
+def path_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what serves most calls on tensors of this device and dtype: "Triton", "oneDNN", or PyTorch and why."""
+    reason = device_reason(device, dtype)
+    if reason is None:
+        return "Triton"
+    if device.type == "cpu" and dtype in onednn.from_rows() and not is_disabled():
+        return "oneDNN where no gradient is wanted"
+    return f"PyTorch ({reason})"
+
+
 def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, recompute_preact: bool) -> Tensor:
     """Serve a call of ``linear_act`` that has no plan: check it, cast it, and take the path that can serve it."""
     if isinstance(x, Tensor) and x.is_nested:
@@ -90,15 +100,19 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
         x, weight, bias = _autocast(x, weight, bias, torch.get_autocast_dtype(device_type))
     check_dtypes(x, weight, bias)
-    reason = fallback_reason(x, weight, bias)
-    if reason is not None:
-        if x.is_cuda and not torch.compiler.is_compiling():
-            log_once(reason)
-        return reference.linear_act(x, weight, bias, activation)
-
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
+    reason = fallback_reason(x, weight, bias)
+    if reason is not None:
+        if torch.compiler.is_compiling():
+            return reference.linear_act(x, weight, bias, activation)
+        if x.is_cuda:
+            log_once(reason)
+        if not needs_grad and onednn.serves(x, weight, bias, activation):
+            return onednn.linear_act(x, weight, bias, activation)
+        return reference.linear_act(x, weight, bias, activation)
+
     save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
     if torch.compiler.is_compiling():
         rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import bert_fused
 
 from ..fallback import device_reason
+from ..ops import path_name
 from ..timing import Sampler, interleave, ratio, summarize, wall_sampler
 from .common import DTYPES, CommandError, Json, add_json, blame_model, device_of, dtype_of, load, print_json, require
 from .sample_inputs import docstrings, sample_for
@@ -125,6 +126,7 @@ def check(
         "random_parameters": drawn,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "dtype": str(dtype_of(dtype, place)).removeprefix("torch."),
+        "path": path_name(place, dtype_of(dtype, place)),
         "no_kernel_because": device_reason(place, dtype_of(dtype, place)),
         "verified_on": few_are,
         "timed_on": timed_are,
@@ -249,13 +251,13 @@ def print_result(result: Json) -> None:
     if result["random_parameters"]:
         print(f"weights   {len(result['random_parameters'])} are not in the folder's files and were drawn at random")
     if result["no_kernel_because"] is not None:
-        print(f"No kernel runs here ({result['no_kernel_because']}): the fused model takes its PyTorch path.")
+        print(f"No kernel runs here ({result['no_kernel_because']}): the fused model takes {result['path']}.")
     said: list[str] = []
     for variant in result["variants"]:
         said += print_variant(variant, said)
     print(f"\nverified on {result['verified_on']}")
     print(f"timed on    {result['timed_on']}")
-    if result["no_kernel_because"] is not None:
+    if result["path"].startswith("PyTorch"):
         print("Without options fused and unfused are the same PyTorch here: their times differ by noise.")
 
 

@@ -9,6 +9,7 @@ import torch
 from ..fallback import HAS_TRITON, KERNEL_DTYPES, MIN_ARCH, device_reason, interpreted
 from ..kernels.configs import Entry
 from ..kernels.lookup import choose, load_table, load_user_table, shipped_table, table_path
+from ..ops import path_name
 from ..tune.shapes import MODELS, Sizes, aligned, parse_shapes
 from .common import Json, add_json, print_json, version
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": _describe(device),
         "launches": _launches(),
-        "paths": {_name(d): "Triton" if reason is None else f"PyTorch: {reason}" for d, reason in reasons.items()},
+        "paths": {_name(dtype): path_name(device, dtype) for dtype in reasons},
         "choices": None if arch is None else _choices(arch, gpu, dtypes, arguments.shapes),
     }
     if arguments.json:

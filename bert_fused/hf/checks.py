@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations as hf
 
-from ..fallback import device_reason, interpreted, tensor_reason
+from .. import onednn
+from ..fallback import interpreted, tensor_reason
 from ..guards import class_is_patched, forwards, hook_reason, is_defined_in, touched
+from ..ops import path_name
 from .recognize import Block, formula_of
 
-# Without the interpreter no kernel serves a CPU tensor. Read once: asking in each call would take microseconds.
+# Whether a kernel serves CPU tensors: in the interpreter. Read once: asking in each call would take microseconds.
 _CPU_HAS_KERNELS = interpreted()
 
 _ACTIVATION_OF_TYPE: dict[type, str] = {
@@ -87,18 +89,19 @@ def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
 def path_of(module: nn.Module, block: Block) -> str:
     """Return which path a fused module takes on its weight's device, as the report prints it."""
     weight: Tensor = getattr(module, block.linear).weight
-    reason = device_reason(weight.device, weight.dtype)
-    path = "Triton" if reason is None else f"PyTorch ({reason})"
+    path = path_name(weight.device, weight.dtype)
     return f"{path} in eval mode, since dropout comes first" if block.dropout else path
 
 
-def activation_now(function: Any, linear: Any, hidden: Tensor) -> str | None:
+def activation_now(function: Any, linear: Any, hidden: Tensor, first: bool) -> str | None:
     """Return the kernels' name for a module's activation, or None if the module must step aside in this call.
+
+    first: the module reads position 0 only.
 
     Checks everything that can change between calls, but not the tensors, which ``linear_act`` checks. The usual case
     comes first, since every call pays for it.
     """
-    if type(hidden) is not Tensor or not (hidden.is_cuda or _CPU_HAS_KERNELS):
+    if type(hidden) is not Tensor or not (hidden.is_cuda or _CPU_HAS_KERNELS or _onednn_may_serve(hidden, first)):
         return None
     kind = type(function)
     name = _ACTIVATION_OF_TYPE.get(kind)
@@ -113,6 +116,14 @@ def activation_now(function: Any, linear: Any, hidden: Tensor) -> str | None:
     ):
         return name
     return activation_name(function) if linear_reason(linear) is None else None
+
+
+def _onednn_may_serve(hidden: Tensor, first: bool) -> bool:
+    """Tell whether oneDNN may serve a call on a CPU. Others go to Hugging Face's code, which costs nothing more."""
+    fewest = onednn.from_rows().get(hidden.dtype)
+    if fewest is None or torch.is_grad_enabled() or not hidden.dim():
+        return False
+    return (hidden.shape[0] if first else hidden.shape[:-1].numel()) >= fewest
 
 
 def dropout_is_active(module: nn.Module) -> bool:

@@ -59,7 +59,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
         linear, function = children.get(linear_name), children.get(function_name)
         if function is None:
             function = activation_of(self, original, block)
-        activation = activation_now(function, linear, hidden)
+        activation = activation_now(function, linear, hidden, first)
         if activation is None or (first and hidden.dim() != 3):
             return now(self, hidden)
         parameters = linear._parameters
