@@ -1,222 +1,207 @@
-"""Arithmetic instructions against Python's own integers and fp64."""
-
-import math
-import operator
-from collections.abc import Callable
-from typing import Any
+"""Instructions that compute registers from registers, against numpy."""
 
 import numpy as np
 import pytest
-import torch
-from emulator.numbers import Array
+from emulator.numbers import from_bf16, nudge, to_bf16
 from emulator.parse import PTXError
-from program import run
+from numpy import float16, float32, float64, int32, int64, uint16, uint32, uint64
+from program import compute, run
 
-DTYPES = {"b16": "u2", "u16": "u2", "s16": "i2", "b32": "u4", "u32": "u4", "s32": "i4", "b64": "u8", "u64": "u8"}
-DTYPES |= {"s64": "i8", "f32": "f4", "f16": "f2", "bf16": "u2", "f32x2": "u8", "f16x2": "u4", "bf16x2": "u4"}
-TINY, INF, NAN = 2.0**-126, math.inf, math.nan
-FLOATS = [0.0, -0.0, 1.0, -1.5, INF, -INF, NAN, TINY, -TINY / 4, TINY / 2, 1e20, -1e-20, 3e38, 65519.0, 65520.0, 2.0**-25]
-
-
-def values(kind: str, seed: int) -> Array:
-    """Return a value for each of 32 threads: edges, which are not in the same threads for each seed, then any."""
-    dtype, random = np.dtype(DTYPES[kind]), np.random.default_rng(seed)
-    if kind == "f32":
-        edges = np.roll(np.array(FLOATS, np.float32), 3 * seed)
-        return np.concatenate((edges, random.normal(0, 10, 16).astype(np.float32)))
-    if kind in ("f16", "bf16"):
-        return random.integers(0, 1 << 16, 32).astype(np.uint16).view(dtype)
-    if kind == "f32x2":
-        return random.normal(0, 10, 64).astype(np.float32).view(dtype)
-    bits = 8 * dtype.itemsize
-    edges = [0, 1, 2, (1 << bits) - 1, 1 << bits - 1, (1 << bits - 1) - 1]
-    numbers = [*edges, *(int.from_bytes(random.bytes(dtype.itemsize), "little") >> i % bits for i in range(26))]
-    return np.roll(np.array(numbers, f"u{dtype.itemsize}"), 3 * seed).view(dtype)
+RNG = np.random.default_rng(0)
+INTEGERS = RNG.integers(0, 2**32, (3, 64), uint32)
+INTEGERS[:, :4] = [[0, 1, 2**31, 2**32 - 1]]
+LONGS = RNG.integers(0, 2**64, (2, 32), uint64)
+FLOATS = (RNG.standard_normal((3, 64)) * 3).astype(float32)
+FLOATS[0, :3] = [np.inf, np.nan, -0.0]
+HALVES = (RNG.standard_normal((3, 128)) * 3).astype(float16)
+A, B, C = INTEGERS
+X, Y, Z = FLOATS
 
 
-def register(kind: str, number: int) -> str:
-    return {2: "%h", 4: "%r", 8: "%d"}[np.dtype(DTYPES[kind]).itemsize] + str(number)
-
-
-def compute(op: str, result: str, arguments: list[str | int], given: list[Array], guard: str = "") -> Array:
-    """Return what an instruction computes. arguments: PTX types of what is given, and constants."""
-    kinds = [kind for kind in arguments if isinstance(kind, str)]
-    lines = [f"ld.global.b{8 * given[i].itemsize} {register(kind, i)}, [%e{i}];" for i, kind in enumerate(kinds)]
-    names = iter([register(kind, i) for i, kind in enumerate(kinds)])
-    operands = ", ".join(str(next(names)) if isinstance(each, str) else str(each) for each in arguments)
-    target, size = register(result, 9), np.dtype(DTYPES[result]).itemsize
-    lines += [f"mov.b{8 * size} {target}, 7;", "and.b32 %r99, %t, 1;", "setp.eq.b32 %p1, %r99, 1;"]
-    lines += [f"{guard} {op} {target}, {operands};", f"st.global.b{8 * size} [%out], {target};"]
-    return run("\n".join(lines), *given, out=DTYPES[result]).out[:, 0]
-
-
-def truncated(a: int, b: int) -> int:
-    return 7 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-
-
-def shift_right(a: int, b: int) -> int:
-    return a >> min(b, 64)
-
-
-def shift_left(a: int, b: int) -> int:
-    return a << min(b, 64)
-
-
-INTEGERS: list[tuple[str, str, list[str | int], Callable[..., int]]] = [
-    *((f"add.{k}", k, [k, k], operator.add) for k in ("s16", "u16", "s32", "u32", "s64")),
-    *((f"sub.{k}", k, [k, k], operator.sub) for k in ("s32", "u64")),
-    *((f"mul.lo.{k}", k, [k, k], operator.mul) for k in ("s32", "s64", "u16")),
-    ("mul.wide.s32", "s64", ["s32", "s32"], operator.mul),
-    ("mul.wide.u32", "u64", ["u32", "u32"], operator.mul),
-    *((f"and.{k}", k, [k, k], operator.and_) for k in ("b16", "b32", "b64")),
-    ("or.b64", "b64", ["b64", "b64"], operator.or_),
-    ("xor.b32", "b32", ["b32", "b32"], operator.xor),
-    *((f"shl.{k}", k, [k, "u32"], shift_left) for k in ("b16", "b32", "b64")),
-    *((f"shr.{k}", k, [k, "u32"], shift_right) for k in ("u16", "s16", "u32", "s32", "s64", "b64")),
-    *((f"min.{k}", k, [k, k], min) for k in ("s32", "u32", "s64")),
-    *((f"max.{k}", k, [k, k], max) for k in ("s32", "u64")),
-    ("neg.s32", "s32", ["s32"], operator.neg),
-    ("abs.s32", "s32", ["s32"], abs),
-    ("not.b32", "b32", ["b32"], operator.invert),
-    ("not.b64", "b64", ["b64"], operator.invert),
-    *((f"div.{k}", k, [k, k], truncated) for k in ("s32", "u32", "s64", "u64")),
-    *((f"rem.{k}", k, [k, k], lambda a, b: a - truncated(a, b) * b) for k in ("s32", "u32", "u64")),
-    ("mad.lo.s32", "s32", ["s32", "s32", "s32"], lambda a, b, c: a * b + c),
-    ("mad.wide.s32", "s64", ["s32", "s32", "s64"], lambda a, b, c: a * b + c),
-    ("mad.wide.u32", "u64", ["u32", 12, "u64"], lambda a, c: a * 12 + c),
-    *((f"bfe.u32", "u32", ["u32", at, n], lambda a, at=at, n=n: a >> at & (1 << n) - 1) for at, n in ((0, 3), (5, 9), (31, 1))),
-    ("cvt.s64.s32", "s64", ["s32"], int),
-    ("cvt.u64.u32", "u64", ["u32"], int),
-    ("cvt.u32.u64", "u32", ["u64"], int),
-    ("cvt.s32.s16", "s32", ["s16"], int),
-    ("cvt.u16.u32", "u16", ["u32"], int),
-    ("mov.b32", "b32", ["b32"], int),
-    ("mov.b16", "b16", ["b16"], int),
-    ("cvta.to.global.u64", "u64", ["u64"], int),
-    ("add.s32", "s32", ["s32", -5], lambda a: a - 5),
-    ("and.b32", "b32", ["b32", "0xF0"], lambda a: a & 0xF0),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("op", "result", "kinds", "function"), INTEGERS, ids=lambda x: x if isinstance(x, str) else "")
-@pytest.mark.parametrize("guard", ["", "@%p1", "@!%p1"])
-def test_integers_are_as_pythons(op: str, result: str, kinds: list[str | int], function: Any, guard: str) -> None:
-    kinds = [int(kind, 0) if isinstance(kind, str) and kind[0] == "0" else kind for kind in kinds]
-    given = [values(kind, i) for i, kind in enumerate(kinds) if isinstance(kind, str)]
-    got = compute(op, result, kinds, given, guard)
-    for thread, row in enumerate(zip(*(each.tolist() for each in given), strict=True)):
-        if op[:3] in ("div", "rem") and row[1] == 0:
-            continue
-        acts = guard == "" or (thread % 2 == 1) == (guard == "@%p1")
-        want = function(*row) if acts else 7
-        bits = 8 * got.itemsize
-        assert int(got[thread]) % (1 << bits) == want % (1 << bits), row
-
-
-@pytest.mark.parametrize(("at", "count"), [(0, 1), (4, 3), (30, 2), (28, 8), (40, 4), (3, 0), (0, 32)])
-@pytest.mark.parametrize("signed", [False, True])
-def test_bfe_extends_by_the_fields_highest_bit(at: int, count: int, signed: bool) -> None:
-    kind, given = "s32" if signed else "u32", values("u32", 0)
-    got = compute(f"bfe.{kind}", "u32", ["u32", at, count], [given])
-    for number, each in zip(given.tolist(), got.tolist(), strict=True):
-        bits = [number >> at + i & 1 if at + i < 32 else None for i in range(min(count, 32))]
-        sign = number >> min(at + count - 1, 31) & 1 if signed and count else 0
-        bits += [sign] * (32 - len(bits))
-        assert each == sum((sign if bit is None else bit) << i for i, bit in enumerate(bits))
-
-
-def single(x: float) -> float:
-    with np.errstate(all="ignore"):
-        return float(np.float32(x))
-
-
-def ftz(x: float) -> float:
-    return math.copysign(0.0, x) if abs(x) < TINY else x
-
-
-def number_or(x: float, y: float, choose: Any) -> float:
-    return choose(x, y) if x == x and y == y else (y if x != x else x)
-
-
-def power(x: float) -> float:
-    return 2.0**x if x < 1000 else (INF if x == x else NAN)
-
-
-# The name, its operands, the result in fp64, whether it flushes, and the error allowed in units in the last place.
-SINGLES: list[tuple[str, int, Callable[..., float], int]] = [
-    ("add.f32", 2, operator.add, 0), ("add.rn.f32", 2, operator.add, 0), ("sub.f32", 2, operator.sub, 0),
-    ("mul.f32", 2, operator.mul, 0), ("fma.rn.f32", 3, lambda a, b, c: a * b + c, 0), ("neg.f32", 1, operator.neg, 0),
-    ("abs.f32", 1, abs, 0), ("add.ftz.f32", 2, operator.add, 0), ("mul.ftz.f32", 2, operator.mul, 0),
-    ("fma.rn.ftz.f32", 3, lambda a, b, c: a * b + c, 0), ("abs.ftz.f32", 1, abs, 0),
-    ("min.f32", 2, lambda a, b: number_or(a, b, min), 0), ("max.f32", 2, lambda a, b: number_or(a, b, max), 0),
-    ("max.ftz.f32", 2, lambda a, b: number_or(a, b, max), 0),
-    ("min.NaN.f32", 2, lambda a, b: min(a, b) if a == a and b == b else NAN, 0),
-    ("max.NaN.f32", 2, lambda a, b: max(a, b) if a == a and b == b else NAN, 0),
-    ("div.rn.f32", 2, lambda a, b: a / b if b else (NAN if a != a or not a else math.copysign(INF, a) * math.copysign(1, b)), 0),
-    ("div.full.f32", 2, lambda a, b: a / b if b else (NAN if a != a or not a else math.copysign(INF, a) * math.copysign(1, b)), 2),
-    ("ex2.approx.ftz.f32", 1, power, 2),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("op", "count", "function", "ulps"), SINGLES, ids=lambda x: x if isinstance(x, str) else "")
-def test_fp32_is_fp64_rounded_once(op: str, count: int, function: Any, ulps: int) -> None:
-    given = [values("f32", i) for i in range(count)]
-    got = compute(op, "f32", ["f32"] * count, given)
-    for each, *row in zip(got.tolist(), *(array.tolist() for array in given), strict=True):
-        if "ftz" in op:
-            want = ftz(single(function(*map(ftz, row))))
-        else:
-            want = single(function(*row))
-        room = ulps * float(np.spacing(np.float32(abs(want)))) if math.isfinite(want) else 0
-        if "ftz" in op and ulps and abs(want) <= 2 * TINY:
-            room = 2 * TINY
-        same = each == want or abs(each - want) <= room or (each != each and want != want)
-        assert same, (each, want, row)
-        if ulps == 0 and want == want and op[:3] not in ("min", "max"):
-            assert math.copysign(1, each) == math.copysign(1, want), row
+def same(got, expected) -> None:
+    assert np.array_equal(got, np.asarray(expected).view(got.dtype))
 
 
 @pytest.mark.parametrize(
-    ("op", "count", "function"),
+    ("op", "expected"),
     [
-        ("add.f32x2", 2, operator.add),
-        ("sub.f32x2", 2, operator.sub),
-        ("mul.rn.f32x2", 2, operator.mul),
-        ("fma.rn.f32x2", 3, lambda a, b, c: a * b + c),
+        ("add.s32", A + B),
+        ("sub.s32", A - B),
+        ("mul.lo.s32", A * B),
+        ("and.b32", A & B),
+        ("or.b32", A | B),
+        ("xor.b32", A ^ B),
+        ("min.s32", np.minimum(A.view(int32), B.view(int32))),
+        ("max.s32", np.maximum(A.view(int32), B.view(int32))),
+        ("min.u32", np.minimum(A, B)),
+        (
+            "div.s32",
+            np.trunc(A.view(int32).astype(float64) / np.where(B == 0, 1, B.view(int32))).astype(int64).astype(int32),
+        ),
     ],
 )
-def test_fp32_pairs(op: str, count: int, function: Any) -> None:
-    given = [values("f32x2", i) for i in range(count)]
-    got = compute(op, "b64", ["f32x2"] * count, given).view(np.float32)
-    want = function(*(each.view(np.float32).astype(np.float64) for each in given)).astype(np.float32)
-    np.testing.assert_array_equal(got, want)
+def test_integers(op, expected) -> None:
+    b = np.where(B == 0, uint32(1), B) if op.startswith("div") else B
+    same(compute(f"{op} {{d}}, {{0}}, {{1}};", A, b), expected)
 
 
-def torch_from(bits: Array, kind: str) -> torch.Tensor:
-    return torch.from_numpy(bits.view(np.int16)).view(torch.float16 if kind == "f16" else torch.bfloat16)
+def test_shifts_by_the_width_or_more_leave_zeros_or_the_sign() -> None:
+    amounts = np.arange(64, dtype=uint32)
+    wide = A.astype(uint64)
+    same(
+        compute("shl.b32 {d}, {0}, {1};", A, amounts),
+        np.where(amounts < 32, wide << np.minimum(amounts, 63), 0).astype(uint32),
+    )
+    same(
+        compute("shr.u32 {d}, {0}, {1};", A, amounts),
+        np.where(amounts < 32, wide >> np.minimum(amounts, 63), 0).astype(uint32),
+    )
+    same(compute("shr.s32 {d}, {0}, {1};", A, amounts), A.view(int32) >> np.minimum(amounts, 31).astype(int32))
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_16_bit_numbers_are_converted_as_torch_does(kind: str) -> None:
-    x, y, half = values("f32", 0), values("f32", 1), values(kind, 0)
-    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+def test_wide_products_and_long_sums() -> None:
+    signed = A.view(int32).astype(int64)
+    same(compute("mul.wide.s32 {d}, {0}, {1};", A, B, result="b64"), signed * B.view(int32))
+    same(compute("mul.wide.u32 {d}, {0}, {1};", A, B, result="b64"), A.astype(uint64) * B)
+    same(compute("mad.wide.s32 {d}, {0}, {1}, 5;", A, B, result="b64"), signed * B.view(int32) + 5)
+    same(compute("mad.lo.s32 {d}, {0}, {1}, {2};", A, B, C), A * B + C)
+    same(compute("add.s64 {d}, {0}, {1};", *LONGS, kind="b64", result="b64"), LONGS[0] + LONGS[1])
+    same(compute("min.s64 {d}, {0}, {1};", *LONGS, kind="b64", result="b64"), np.minimum(*LONGS.view(int64)))
+    same(compute("cvt.s64.s32 {d}, {0};", A, result="b64"), signed)
+    same(compute("cvt.u64.u32 {d}, {0};", A, result="b64"), A.astype(uint64))
+    same(compute("cvt.u32.u64 {d}, {0};", LONGS[0], kind="b64"), LONGS[0].astype(uint32))
 
-    def rounded(numbers: Array) -> Array:
-        return torch.from_numpy(numbers.copy()).to(dtype).float().numpy()
 
-    def widened(bits: Array) -> Array:
-        return torch_from(np.ascontiguousarray(bits), kind).float().numpy()
+def test_bit_fields_are_extended_by_their_sign() -> None:
+    same(compute("bfe.u32 {d}, {0}, 3, 5;", A), A >> 3 & 31)
+    same(compute("bfe.s32 {d}, {0}, 3, 5;", A), ((A >> 3 & 31) ^ 16) - uint32(16))
+    same(compute("neg.s32 {d}, {0};", A), -A)
+    same(compute("not.b32 {d}, {0};", A), ~A)
+    same(compute("rem.s32 {d}, {0}, 7;", A), np.fmod(A.view(int32), 7))
 
-    np.testing.assert_array_equal(widened(compute(f"cvt.rn.{kind}.f32", "b16", ["f32"], [x])), rounded(x))
-    packed = compute(f"cvt.rn.{kind}x2.f32", "b32", ["f32", "f32"], [x, y]).view(np.uint16)
-    np.testing.assert_array_equal(widened(packed[1::2]), rounded(x))
-    np.testing.assert_array_equal(widened(packed[0::2]), rounded(y))
-    wide = torch_from(half, kind).float().numpy()
-    np.testing.assert_array_equal(compute(f"cvt.f32.{kind}", "f32", [kind], [half]), wide)
-    np.testing.assert_array_equal(widened(compute(f"abs.{kind}", "b16", [kind], [half])), np.abs(wide))
-    with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(compute(f"add.rn.f32.{kind}", "f32", [kind, "f32"], [half, y]), wide + y)
-        np.testing.assert_array_equal(compute(f"sub.rn.f32.{kind}", "f32", [kind, "f32"], [half, y]), wide - y)
-    pairs = values("b32", 2)
-    got = compute(f"abs.{kind}x2", "b32", ["b32"], [pairs]).view(np.uint16)
-    np.testing.assert_array_equal(widened(got), np.abs(widened(pairs.view(np.uint16))))
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("add.f32", X + Y),
+        ("sub.f32", X - Y),
+        ("mul.f32", X * Y),
+        ("min.NaN.f32", np.minimum(X, Y)),
+        ("max.f32", np.fmax(X, Y)),
+        ("div.rn.f32", X / Y),
+    ],
+)
+def test_floats(op, expected) -> None:
+    got = compute(f"{op} {{d}}, {{0}}, {{1}};", X, Y).view(float32)
+    assert np.array_equal(got, expected, equal_nan=True)
+
+
+def test_fma_rounds_once() -> None:
+    x, tiny = np.full(32, 1 + 2.0**-12, float32), np.full(32, -1.0, float32)
+    exact = (1 + 2.0**-12) ** 2 - 1
+    got = compute("fma.rn.f32 {d}, {0}, {1}, {2};", x, x, tiny).view(float32)
+    assert np.array_equal(got, np.full(32, exact, float32))
+    assert not np.array_equal(got, x * x - 1)
+
+
+def test_pairs_of_floats_are_computed_apart() -> None:
+    x, y = (np.ascontiguousarray(v).view(uint64) for v in (X, Y))
+    same(compute("add.f32x2 {d}, {0}, {1};", x, y, kind="b64", result="b64")[2:], (X + Y).view(uint64)[2:])
+    z = Z.view(uint64)
+    got = compute("fma.rn.f32x2 {d}, {0}, {1}, {2};", x, y, z, kind="b64", result="b64").view(float32)
+    expected = (X.astype(float64) * Y + Z).astype(float32)
+    assert np.array_equal(got, expected, equal_nan=True)
+
+
+def test_subnormal_numbers_are_flushed_where_the_instruction_says_so() -> None:
+    tiny = np.full(32, -1e-40, float32)
+    assert np.signbit(compute("mul.f32 {d}, {0}, 0f3F800000;", tiny).view(float32)).all()
+    assert (compute("mul.f32 {d}, {0}, 0f3F800000;", tiny).view(float32) != 0).all()
+    same(compute("mul.ftz.f32 {d}, {0}, 0f3F800000;", tiny), np.full(32, -0.0, float32))
+
+
+def test_approximate_instructions_are_off_by_two_units_at_most_and_by_some() -> None:
+    x = np.linspace(-20, 20, 1024, dtype=float32)
+    for got, exact in (
+        (compute("ex2.approx.ftz.f32 {d}, {0};", x).view(float32), np.exp2(x.astype(float64)).astype(float32)),
+        (compute("div.full.f32 {d}, {0}, {1};", x, np.roll(x, 1)).view(float32), x / np.roll(x, 1)),
+    ):
+        off = np.abs(got.view(int32).astype(int64) - exact.view(int32))
+        assert set(np.unique(off)) == {0, 1, 2}
+    specials = np.array([0, -0.0, np.inf, -np.inf, np.nan], float32)
+    assert np.array_equal(nudge(specials), specials, equal_nan=True)
+
+
+def test_sixteen_bit_numbers_are_rounded_to_nearest() -> None:
+    words = X.astype(float16).view(uint16).astype(uint32) << 16 | Y.astype(float16).view(uint16)
+    same(compute("cvt.rn.f16x2.f32 {d}, {0}, {1};", X, Y), words)
+    words = to_bf16(X).astype(uint32) << 16 | to_bf16(Y)
+    same(compute("cvt.rn.bf16x2.f32 {d}, {0}, {1};", X, Y), words)
+    halfway = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF], uint32).repeat(8)
+    got = to_bf16(halfway.view(float32))
+    assert got[::8].tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80]
+    unpack = "mov.b32 {%rs1, %rs2}, {0}; cvt.f32.KIND {d}, %rsPLACE;"
+    packed = np.ascontiguousarray(HALVES[0]).view(uint32)
+    for place in (1, 2):
+        got = compute(unpack.replace("KIND", "f16").replace("PLACE", str(place)), packed).view(float32)
+        assert np.array_equal(got, HALVES[0][place - 1 :: 2].astype(float32))
+        got = compute(unpack.replace("KIND", "bf16").replace("PLACE", str(place)), packed).view(float32)
+        expected = from_bf16(HALVES[0].view(uint16)[place - 1 :: 2])
+        assert np.array_equal(got, expected, equal_nan=True)
+    got = compute("mov.b32 {%rs1, %rs2}, {0}; add.rn.f32.f16 {d}, %rs2, {1};", packed[:64], X).view(float32)
+    assert np.array_equal(got, HALVES[0][1::2].astype(float32) + X, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["lt", "le", "gt", "ge", "eq", "ne"])
+def test_comparisons_select(op) -> None:
+    python = {"lt": "__lt__", "le": "__le__", "gt": "__gt__", "ge": "__ge__", "eq": "__eq__", "ne": "__ne__"}[op]
+    b = np.where(np.arange(64) % 3 == 0, A, B)
+    for kind, dtype in (("s32", int32), ("u32", uint32), ("f32", float32)):
+        expected = np.where(getattr(A.view(dtype), python)(b.view(dtype)), A, C)
+        same(compute(f"setp.{op}.{kind} %p1, {{0}}, {{1}}; selp.b32 {{d}}, {{0}}, {{2}}, %p1;", A, b, C), expected)
+
+
+def test_unordered_comparisons_hold_for_nan_and_others_do_not() -> None:
+    for op, expected in (("ltu", (X < Y) | np.isnan(X)), ("lt", X < Y)):
+        same(compute(f"setp.{op}.f32 %p1, {{0}}, {{1}}; selp.b32 {{d}}, 1, 0, %p1;", X, Y), expected.astype(uint32))
+
+
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_pairs_of_sixteen_bits(kind) -> None:
+    a, b = (np.ascontiguousarray(HALVES[i]) for i in (0, 1))
+    read = (lambda x: x.astype(float32)) if kind == "f16x2" else (lambda x: from_bf16(x.view(uint16)))
+    text = f"setp.lt.{kind} %p1|%p2, {{0}}, {{1}}; selp.b32 %r40, 1, 0, %p1; selp.b32 %r41, 2, 0, %p2;"
+    text += "or.b32 {d}, %r40, %r41;"
+    less = (read(a) < read(b)).reshape(-1, 2)
+    same(compute(text, a.view(uint32), b.view(uint32)), (less[:, 0] + 2 * less[:, 1]).astype(uint32))
+    same(compute(f"abs.{kind} {{d}}, {{0}};", a.view(uint32)), (a.view(uint16) & 0x7FFF).view(uint32))
+    got = compute(f"min.NaN.{kind} {{d}}, {{0}}, {{1}};", a.view(uint32), b.view(uint32))
+    same(got, np.where(read(a) < read(b), a, b).view(uint32))
+
+
+def test_predicates_are_combined_and_guard_a_result() -> None:
+    text = "setp.lt.u32 %p1, {0}, {1}; setp.lt.u32 %p2, {1}, {2}; OP.pred %p3, %p1, %p2;"
+    text += "mov.b32 {d}, 7; @!%p3 mov.b32 {d}, 9;"
+    for op, together in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
+        expected = np.where(together(A < B, B < C), 7, 9).astype(uint32)
+        same(compute(text.replace("OP", op), A, B, C), expected)
+
+
+def test_registers_are_packed_with_the_first_in_the_lowest_bits() -> None:
+    same(compute("mov.b64 {d}, {{0}, {1}};", A, B, result="b64"), A + (B.astype(uint64) << 32))
+    same(compute("mov.b32 {%rs1, %rs2}, {0}; mov.b32 {d}, {%rs2, %rs1};", A), A << 16 | A >> 16)
+
+
+@pytest.mark.parametrize(
+    "body", ["sqrt.rn.f32 %r9, %r1;", "mul.hi.u32 %r9, %r1, %r1;", "cvt.rzi.s32.f32 %r9, %r1;", "bar.arrive 0, 64;"]
+)
+def test_an_unknown_instruction_is_named_with_its_line(body) -> None:
+    with pytest.raises(PTXError, match=rf"line \d+: .*{body.split()[0]}"):
+        run(body)
+
+
+def test_a_register_without_a_value_and_a_division_by_zero_are_errors() -> None:
+    with pytest.raises(PTXError, match=r"read before it is written.*add\.s32 %r9"):
+        run("add.s32 %r9, %r1, %r50;")
+    with pytest.raises(PTXError, match="division by zero"):
+        run("sub.s32 %r8, %r1, %r1; div.s32 %r9, %r1, %r8;")
