@@ -11,7 +11,8 @@ import traceback
 from typing import Any
 
 import torch
-from emulator.block import Block, Kernel
+from emulator.block import Block
+from emulator.kernel import Kernel
 from emulator.memory import Memory, Tensor
 from emulator.tensor_map import TensorMap
 from execute import bits

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from cases import Case, Elementwise, Linear
-from emulator.block import Block, Kernel
+from emulator.block import Block
+from emulator.kernel import Kernel
 from emulator.memory import Memory, Tensor
 from emulator.numbers import Array
 from emulator.parse import PTXError

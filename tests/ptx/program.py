@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from emulator.block import Block, Kernel
+from emulator.block import Block
+from emulator.kernel import Kernel
 from emulator.memory import Memory, Tensor
 from emulator.numbers import Array, to_bf16, to_half
 from emulator.tensor_map import TensorMap

@@ -75,6 +75,7 @@ def test_wide_products_and_long_sums() -> None:
 def test_bit_fields_are_extended_by_their_sign() -> None:
     same(compute("bfe.u32 {d}, {0}, 3, 5;", A), A >> 3 & 31)
     same(compute("bfe.s32 {d}, {0}, 3, 5;", A), ((A >> 3 & 31) ^ 16) - uint32(16))
+    same(compute("bfe.s32 {d}, {0}, 28, 8;", A), A.view(int32) >> 28)
     same(compute("neg.s32 {d}, {0};", A), -A)
     same(compute("not.b32 {d}, {0};", A), ~A)
     same(compute("rem.s32 {d}, {0}, 7;", A), np.fmod(A.view(int32), 7))
@@ -120,6 +121,13 @@ def test_subnormal_numbers_are_flushed_where_the_instruction_says_so() -> None:
     same(compute("mul.ftz.f32 {d}, {0}, 0f3F800000;", tiny), np.full(32, -0.0, float32))
 
 
+def test_subnormal_operands_are_flushed_too() -> None:
+    tiny, huge = np.full(32, 1e-40, float32), np.full(32, 1e20, float32)
+    assert (compute("mul.ftz.f32 {d}, {0}, {1};", tiny, huge) == 0).all()
+    assert (compute("mul.f32 {d}, {0}, {1};", tiny, huge) != 0).all()
+    assert (compute("setp.gt.ftz.f32 %p1, {0}, 0f00000000; selp.b32 {d}, 1, 0, %p1;", tiny) == 0).all()
+
+
 def test_approximate_instructions_are_off_by_two_units_at_most_and_by_some() -> None:
     x = np.linspace(-20, 20, 1024, dtype=float32)
     for got, exact in (
@@ -156,13 +164,14 @@ def test_sixteen_bit_numbers_are_rounded_to_nearest() -> None:
 def test_comparisons_select(op) -> None:
     python = {"lt": "__lt__", "le": "__le__", "gt": "__gt__", "ge": "__ge__", "eq": "__eq__", "ne": "__ne__"}[op]
     b = np.where(np.arange(64) % 3 == 0, A, B)
-    for kind, dtype in (("s32", int32), ("u32", uint32), ("f32", float32)):
+    for kind, dtype in (("s32", int32), ("u32", uint32)):
         expected = np.where(getattr(A.view(dtype), python)(b.view(dtype)), A, C)
         same(compute(f"setp.{op}.{kind} %p1, {{0}}, {{1}}; selp.b32 {{d}}, {{0}}, {{2}}, %p1;", A, b, C), expected)
 
 
 def test_unordered_comparisons_hold_for_nan_and_others_do_not() -> None:
-    for op, expected in (("ltu", (X < Y) | np.isnan(X)), ("lt", X < Y)):
+    cases = (("ltu", (X < Y) | np.isnan(X)), ("lt", X < Y), ("ne", (X != Y) & ~np.isnan(X)), ("neu", X != Y))
+    for op, expected in cases:
         same(compute(f"setp.{op}.f32 %p1, {{0}}, {{1}}; selp.b32 {{d}}, 1, 0, %p1;", X, Y), expected.astype(uint32))
 
 
@@ -193,7 +202,15 @@ def test_registers_are_packed_with_the_first_in_the_lowest_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ["sqrt.rn.f32 %r9, %r1;", "mul.hi.u32 %r9, %r1, %r1;", "cvt.rzi.s32.f32 %r9, %r1;", "bar.arrive 0, 64;"]
+    "body",
+    [
+        "sqrt.rn.f32 %r9, %r1;",
+        "mul.hi.u32 %r9, %r1, %r1;",
+        "cvt.rzi.s32.f32 %r9, %r1;",
+        "add.rz.f32 %r9, %r1, %r1;",
+        "barrier.sync 0;",
+        "bar.arrive 0, 64;",
+    ],
 )
 def test_an_unknown_instruction_is_named_with_its_line(body) -> None:
     with pytest.raises(PTXError, match=rf"line \d+: .*{body.split()[0]}"):
@@ -203,5 +220,9 @@ def test_an_unknown_instruction_is_named_with_its_line(body) -> None:
 def test_a_register_without_a_value_and_a_division_by_zero_are_errors() -> None:
     with pytest.raises(PTXError, match=r"read before it is written.*add\.s32 %r9"):
         run("add.s32 %r9, %r1, %r50;")
+    with pytest.raises(PTXError, match="guard is read before it is written"):
+        run("mov.b32 %r9, 1; @%p3 mov.b32 %r9, 2;")
+    with pytest.raises(PTXError, match=r"line \d+: .*st\.global"):
+        run("st.global.b32 [%rd11], %r50;")
     with pytest.raises(PTXError, match="division by zero"):
         run("sub.s32 %r8, %r1, %r1; div.s32 %r9, %r1, %r8;")

@@ -88,6 +88,11 @@ def test_a_warps_own_bytes_need_no_barrier() -> None:
     assert not ran.kinds
 
 
+def test_threads_that_store_different_values_to_one_byte_are_reported() -> None:
+    assert run("mov.b32 %r8, global_smem; st.shared.b32 [%r8], %r1;").kinds == {"race"}
+    assert run("mov.b32 %r8, global_smem; mov.b32 %r9, 7; st.shared.b32 [%r8], %r9;").kinds == set()
+
+
 def test_shared_bytes_never_written_are_reported() -> None:
     assert run(SHARED + "ld.shared.b32 %r9, [%r20];" + STORE).kinds == {"uninitialized"}
 
@@ -122,6 +127,11 @@ def test_a_shuffle_of_threads_that_are_apart_is_reported() -> None:
     ran = run(
         f"setp.lt.u32 %p1, %r1, 7; @%p1 bra L;\nL2: shfl.sync.idx.b32 %r9, %r1, 20, 31, -1;\nL: mov.b32 %r9, 0; {STORE}"
     )
+    assert ran.kinds == {"divergence"}
+
+
+def test_a_shuffle_by_a_part_of_a_warp_is_reported() -> None:
+    ran = run(f"setp.lt.u32 %p1, %r1, 7; mov.b32 %r9, 0; @%p1 shfl.sync.idx.b32 %r9, %r1, 0, 31, -1; {STORE}")
     assert ran.kinds == {"divergence"}
 
 

@@ -62,6 +62,13 @@ def test_a_copy_of_no_bytes_writes_zeros_and_reads_nothing() -> None:
         run(f"{COPY.replace('SIZE', '4')}", DATA[:16])
 
 
+def test_copying_what_was_never_written_is_reported() -> None:
+    memory = Memory()
+    source = memory.add("source", DATA, output=True)
+    body = f"{SHARED} mov.b64 %rd2, {source.address}; {SOURCE} cp.async.ca.shared.global [%r20], [%rd21], 4;"
+    assert run(body, memory=memory).kinds == {"uninitialized"}
+
+
 def test_another_warp_needs_a_barrier_after_the_wait() -> None:
     wait = "cp.async.commit_group; cp.async.wait_group 0;"
     other = "xor.b32 %r20, %r20, 128;"

@@ -13,6 +13,9 @@ from .parse import Instruction, Program
 SHARED_BASE, PARAMETER_BASE, PARAMETER_STEP = 1024, 0x50000000, 256
 
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+# What may stand between an operation and its types.
+_MODIFIERS = {"rn", "ftz", "lo", "wide", "full", "approx", "NaN", "to", "global", "shared", "param"}
+_MODIFIERS |= {"f32x2", "f16x2", "bf16x2", "lt", "le", "gt", "ge", "eq", "ne", "ltu", "leu", "gtu", "geu", "equ", "neu"}
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _KEEPS_NAN = {"min": "np.minimum", "max": "np.maximum"}
 _PAIRS = {"f16x2": "from_half", "bf16x2": "from_bf16"}
@@ -71,16 +74,20 @@ def results(ins: Instruction, operands: Operands) -> Results | None:
     rule = _RULES.get(ins.parts[0])
 
     def value(index: int, kind: str) -> str:
-        return operands.source(ins, ins.args[index], kind)
+        text = operands.source(ins, ins.args[index], kind)
+        return f"ftz({text})" if kind == "f32" and "ftz" in ins.parts else text
 
     try:
+        unknown = set(ins.parts[1:]) - _MODIFIERS - NAMES.keys()
+        if rule is not None and unknown:
+            raise KeyError(*unknown)
         return rule(ins, value) if rule is not None else None
     except (KeyError, IndexError) as error:
         raise ins.error(f"{ins.op} is not emulated ({error!r})") from error
 
 
 def _one(ins: Instruction, kind: str, text: str) -> Results:
-    return [(ins.args[0], kind, text)]
+    return [(ins.args[0], kind, f"ftz({text})" if kind == "f32" and "ftz" in ins.parts else text)]
 
 
 def _binary(ins: Instruction, value: Value) -> Results:
@@ -94,17 +101,13 @@ def _binary(ins: Instruction, value: Value) -> Results:
     if parts[-2] == "f32":  # sm_100 adds 16-bit numbers to fp32
         read = {"f16": "from_half", "bf16": "from_bf16"}[kind]
         return _one(ins, "f32", f"{read}({value(1, 'b16')}) {sign} {value(2, 'f32')}")
-    if "hi" in parts or "sat" in parts or kind in ("f16", "bf16"):
+    if kind in ("f16", "bf16"):
         raise KeyError(ins.op)
-    return _one(ins, kind, _flushed(ins, f"{value(1, kind)} {sign} {value(2, kind)}"))
+    return _one(ins, kind, f"{value(1, kind)} {sign} {value(2, kind)}")
 
 
 def _pairs(ins: Instruction, value: Value, index: int) -> str:
     return f"{value(index, 'b64')}.view(float32)"
-
-
-def _flushed(ins: Instruction, text: str) -> str:
-    return f"ftz({text})" if "ftz" in ins.parts else text
 
 
 def _extreme(ins: Instruction, value: Value) -> Results:
@@ -130,7 +133,7 @@ def _fma(ins: Instruction, value: Value) -> Results:
         return _one(ins, "b64", f"fma({pairs}).view(uint64)")
     if ins.parts[-1] != "f32":
         raise KeyError(ins.op)
-    return _one(ins, "f32", _flushed(ins, f"fma({value(1, 'f32')}, {value(2, 'f32')}, {value(3, 'f32')})"))
+    return _one(ins, "f32", f"fma({value(1, 'f32')}, {value(2, 'f32')}, {value(3, 'f32')})")
 
 
 def _mad(ins: Instruction, value: Value) -> Results:
@@ -155,7 +158,7 @@ def _unary(ins: Instruction, value: Value) -> Results:
     template = {"neg": "-{}", "not": "~{}", "abs": "np.abs({})", "ex2": "exp2({})"}[op]
     if op == "ex2" and ins.op != "ex2.approx.ftz.f32":
         raise KeyError(ins.op)
-    return _one(ins, kind, _flushed(ins, template.format(value(1, kind))))
+    return _one(ins, kind, template.format(value(1, kind)))
 
 
 def _divide(ins: Instruction, value: Value) -> Results:
@@ -190,6 +193,8 @@ def _compare(ins: Instruction, value: Value) -> Results:
     a, b = value(1, kind), value(2, kind)
     if kind == "bf16":
         a, b = f"from_bf16({a})", f"from_bf16({b})"
+    if name == "ne" and "f" in kind:  # false where a number is NaN
+        return _one(ins, "pred", f"({a} < {b}) | ({a} > {b})")
     if name.endswith("u") and name[:-1] in _COMPARISONS:  # true where a number is NaN
         return _one(ins, "pred", f"({a} {_COMPARISONS[name[:-1]]} {b}) | np.isnan({a}) | np.isnan({b})")
     if len(ins.parts) - ("ftz" in ins.parts) != 3:  # combined with another predicate
@@ -207,7 +212,7 @@ def _convert(ins: Instruction, value: Value) -> Results:
         return _one(ins, "b16", f"{'to_half' if to == 'f16' else 'to_bf16'}({value(1, 'f32')})")
     if to == "f32" and source in ("f16", "bf16"):
         return _one(ins, "f32", f"{'from_half' if source == 'f16' else 'from_bf16'}({value(1, 'b16')})")
-    if "f" in to + source or "sat" in ins.parts:
+    if "f" in to + source:
         raise KeyError(ins.op)
     return _one(ins, to, f"{value(1, source)}.astype({NAMES[to]})")
 

@@ -117,7 +117,7 @@ def _mbarrier(ins: Instruction, reader: "Reader") -> "Effect | None":
 
 
 def _fence(ins: Instruction, reader: "Reader") -> "Effect | None":
-    if ins.parts[1:3] != ["proxy", "async"]:
+    if ins.parts[1:] not in (["proxy", "async"], ["proxy", "async", "shared::cta"]):
         return None
     return lambda block, mask: block.clocks.fence(block.warps(mask))
 
@@ -132,7 +132,13 @@ def _wgmma(ins: Instruction, reader: "Reader") -> "Effect | None":
         groups = int(ins.args[0])
         return lambda block, mask: block.wgmma.wait(block.warps(mask), groups)
     shape, element = re.fullmatch(r"m64n(\d+)k(\d+)", ins.parts[4]), ins.parts[6]
-    if shape is None or element not in ELEMENTS or int(shape[2]) * ELEMENTS[element] != 32 or ins.args[1][0] == "{":
+    if (
+        shape is None
+        or ins.parts[5] != "f32"
+        or element not in ELEMENTS
+        or int(shape[2]) * ELEMENTS[element] != 32
+        or ins.args[1][0] == "{"
+    ):
         return None
     if ins.args[4:6] != ["1", "1"]:  # signs
         return None
@@ -142,6 +148,8 @@ def _wgmma(ins: Instruction, reader: "Reader") -> "Effect | None":
     add = reader.get(ins.args[3], "pred")
 
     def multiply(block: "Block", mask: Array | None) -> None:
+        if len(block.warps(mask)) % 4:
+            raise ins.error("a part of a group of four warps")
         for group in np.unique(block.warps(mask) // 4):
             first = 128 * int(group)
             left = operand(int(a(block)[first]), 64, element, ins, transposed=transposed[0])
@@ -189,7 +197,7 @@ def _deallocate(ins: Instruction, reader: "Reader") -> "Effect | None":
 
 def _access(ins: Instruction, reader: "Reader") -> "Effect | None":
     store, shape = ins.parts[1] == "st", ins.parts[4]
-    if shape not in ("32x32b", "16x32bx2"):
+    if shape not in ("32x32b", "16x32bx2") or len(ins.parts) != 7:
         return None
     registers = reader.numbers(ins.args[-1 if store else 0])
     address = reader.address(ins.args[0 if store else 1], wide=False)

@@ -4,91 +4,22 @@ As long as all threads are at one instruction, they go on together. After a bran
 its own place, and the lowest goes on first, until all are together again.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from .arithmetic import Operands, Source, keep, results
+from .arithmetic import keep
 from .clocks import Clocks
 from .copies import AsyncCopies, BulkCopies, Mbarriers
-from .instructions import Effect, Reader, effect
+from .instructions import Reader
+from .kernel import Kernel, Run
 from .matrices import TensorMemory, Wgmma
 from .memory import Memory
 from .numbers import Array
-from .parse import Instruction, Program, PTXError, Reports, parse
+from .parse import Instruction, PTXError, Reports
 from .shared import SharedMemory
 from .tensor_map import TensorMap
 
 # Branches taken before a program is said not to end: thousands of times as many as a kernel here takes.
 MAX_BRANCHES = 100_000
-# Instructions that decide where to go on; ``Block`` knows them by name.
-_CONTROL = ("bra", "ret", "bar", "mbarrier.try_wait")
-
-
-@dataclass
-class Run:
-    """Arithmetic instructions without a guard, done by one function. stop: the index after the last."""
-
-    function: Callable[..., None]
-    stop: int
-    registers: frozenset[int]
-    written: frozenset[int]
-
-
-@dataclass
-class Kernel:
-    """A program ready to be executed. runs: by the index of the first instruction."""
-
-    program: Program
-    operands: Operands
-    runs: dict[int, Run] = field(default_factory=dict)
-    effects: dict[int, Effect] = field(default_factory=dict)
-    uses_wgmma: bool = False
-
-    @classmethod
-    def of(cls, text: str) -> "Kernel":
-        """Translate a PTX module. Raises ``PTXError`` if an instruction is not emulated."""
-        program = parse(text)
-        kernel = cls(program, Operands(program))
-        kernel.uses_wgmma = any(ins.parts[0] == "wgmma" for ins in program.code)
-        targets = set(program.labels.values())
-        start, source = 0, Source(kernel.operands)
-        for index, ins in enumerate(program.code):
-            computed = None if _is_control(ins) else results(ins, kernel.operands)
-            if index in targets or computed is None or ins.guard is not None:
-                kernel._end_run(start, index, source)
-                start, source = index, Source(kernel.operands)
-            if computed is not None and ins.guard is None:
-                source.add(computed)
-                continue
-            start = index + 1
-            if computed is None and not _is_control(ins):
-                kernel.effects[index] = effect(ins, kernel.operands)
-        return kernel
-
-    def _end_run(self, start: int, stop: int, source: Source) -> None:
-        if stop > start:
-            registers = frozenset().union(*(ins.registers for ins in self.program.code[start:stop]))
-            self.runs[start] = Run(source.compile(), stop, registers, frozenset(source.written))
-
-    def effect(self, index: int) -> Effect:
-        """Return what one instruction does; an arithmetic one is translated when it is first asked for."""
-        if index not in self.effects:
-            source = Source(self.operands, masked=True)
-            source.add(results(self.program.code[index], self.operands) or [])
-            function, written = source.compile(), source.written
-
-            def compute(block: "Block", mask: Array | None) -> None:
-                function(block, block.registers, mask)
-                block.wgmma.unfenced |= written
-
-            self.effects[index] = compute
-        return self.effects[index]
-
-
-def _is_control(ins: Instruction) -> bool:
-    return ins.op.startswith(_CONTROL)
 
 
 class Block:
@@ -172,8 +103,6 @@ class Block:
                 else:
                     return np.where(taken, self._target(ins), at + 1)
             elif ins.parts[0] == "ret":
-                if ins.guard is not None:
-                    raise ins.error("a guarded ret is not emulated")
                 return None
             elif ins.parts[0] == "bar":
                 self._check_barrier(ins)
@@ -248,6 +177,8 @@ class Block:
         if ins.guard is None:
             return mask
         guard = self.registers[self.kernel.program.registers[ins.guard][1]]
+        if guard is None:
+            raise ins.error("its guard is read before it is written")
         guard = ~guard if ins.unless else guard
         return guard if mask is None else guard & mask
 
@@ -271,10 +202,10 @@ class Block:
             self.wgmma.unfenced |= run.written
         try:
             run.function(self, self.registers)
-        except (TypeError, AttributeError) as error:
-            raise self._unset(at, run.stop) from error
         except ZeroDivisionError:
             raise self.code[at].error("division by zero, here or soon after") from None
+        except Exception as error:
+            raise self._unset(at, run.stop) from error
 
     def _unset(self, start: int, stop: int) -> PTXError:
         """Return the error of the first instruction that reads a register without a value."""
@@ -288,22 +219,23 @@ class Block:
     def _effect(self, at: int, mask: Array | None) -> None:
         ins = self.code[at]
         self._check_registers(ins)
-        if ins.converged and mask is not None:
-            warps = mask.reshape(-1, 32)
-            if (warps.any(1) != warps.all(1)).any():
-                self.reports.add("divergence", ins, "a warp's threads are apart")
         mask = self._guard(ins, mask)
         if mask is not None:
             if not mask.any():
                 return
+            warps = mask.reshape(-1, 32)
+            if ins.converged and (warps.any(1) != warps.all(1)).any():
+                self.reports.add("divergence", ins, "a warp's threads are apart")
             if mask.all():
                 mask = None
         try:
             self.kernel.effect(at)(self, mask)
-        except (TypeError, AttributeError) as error:
-            raise ins.error(f"a register is read before it is written ({error})") from error
+        except PTXError:
+            raise
         except ZeroDivisionError:
             raise ins.error("division by zero") from None
+        except Exception as error:
+            raise ins.error(f"a register is read before it is written, or {error!r}") from error
 
     def _check_registers(self, ins: Instruction) -> None:
         pending, loading = self.wgmma.pending, self.tensor_memory.loading

@@ -71,6 +71,7 @@ class AsyncCopies:
         places = np.zeros(len(sources), np.int64)
         if live.any():
             places[live] = self.memory.find(sources[live], size, ins, "cp.async")
+            self.memory.check_written(places[live], size, ins, self.shared.reports)
         agents, clocks = self.groups.first + warps, self.groups.clock(warps)[:, None]
         self.shared.note_write(self.shared.units(targets, size), warps, ins, agents=agents, clocks=clocks)
         pieces = np.arange(size)
@@ -192,6 +193,7 @@ class BulkCopies:
         self, tensor: TensorMap, shared: int, row: int, column: int, barrier_at: int, warp: int, ins: Instruction
     ) -> None:
         addresses, inside, places = self._tile(tensor, shared, row, column, ins)
+        self.memory.check_written(places, tensor.itemsize, ins, self.barriers.reports)
         barrier = self.barriers.get(barrier_at, warp, ins)
         units, warps = self.shared.units(np.array([barrier_at]), 8), np.array([warp])
         writers, written_at = self.shared.writer[units], self.shared.written_at[units]

@@ -63,7 +63,10 @@ def names(text: str) -> list[str]:
 def effect(ins: Instruction, operands: Operands) -> Effect:
     """Return what an instruction does. Raises ``PTXError`` for one that is not emulated."""
     build = _BUILDERS.get(ins.parts[0]) or asynchronous.BUILDERS.get(ins.parts[0])
-    built = build(ins, Reader(ins, operands)) if build is not None else None
+    try:
+        built = build(ins, Reader(ins, operands)) if build is not None else None
+    except (KeyError, IndexError, ValueError) as error:
+        raise ins.error(f"{ins.op} is not emulated ({error!r})") from error
     if built is None:
         raise ins.error(f"{ins.op} is not emulated")
     return built
@@ -100,6 +103,9 @@ def _load(ins: Instruction, reader: Reader) -> Effect | None:
         return None
     targets, size, is_global = reader.numbers(ins.args[0]), SIZES[kind], space == "global"
     address = reader.address(ins.args[1], wide=is_global)
+    own = [reader.operands.program.registers[name][0] for name in names(ins.args[0])]
+    if any(SIZES[each] != size for each in own):
+        return None  # would be extended to the register's width
 
     def load(block: "Block", mask: Array | None) -> None:
         addresses, warps = block.pick(mask, address(block), block.warp)

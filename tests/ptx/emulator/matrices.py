@@ -162,6 +162,8 @@ class TensorMemory:
         """Return the address of the last ``columns`` columns: any address is a right one, and 0 would hide a fault."""
         if self.columns:
             raise ins.error("tensor memory is allocated already")
+        if columns not in (32, 64, 128, 256, 512):
+            raise ins.error("a number of columns that is no power of two from 32 to 512")
         self.columns = range(512 - columns, 512)
         return self.columns.start
 

@@ -115,9 +115,12 @@ class Memory:
 
     def load(self, places: Array, size: int, count: int, ins: Instruction, reports: Reports) -> Array:
         """Return ``count`` numbers of ``size`` bytes from each place: ``[n, count]``."""
-        if not (self.written[places] & self.written[places + size * count - 1]).all():
-            reports.add("uninitialized", ins, "global memory was never written")
+        self.check_written(places, size * count, ins, reports)
         return self.data.view(f"u{size}")[(places // size)[:, None] + np.arange(count)]
+
+    def check_written(self, places: Array, size: int, ins: Instruction, reports: Reports) -> None:
+        if not (self.written[places] & self.written[places + size - 1]).all():
+            reports.add("uninitialized", ins, "global memory was never written")
 
     def store(self, places: Array, values: Array, ins: Instruction, reports: Reports) -> None:
         """Write ``values [n, count]``."""

@@ -80,7 +80,10 @@ def quotient(a: Array, b: Array) -> Array:
 
 
 def bits_of(x: Array, position: int, count: int, signed: bool) -> Array:
-    """``bfe``: ``count`` bits from ``position`` on, extended by their sign."""
+    """``bfe``: ``count`` bits from ``position`` on, extended by their sign; past the last bit there is no more."""
+    count = min(count, 32 - position)
+    if count <= 0:
+        raise ValueError("a field without bits is not emulated")
     field = (x.view(uint32).astype(uint64) >> uint64(position)) & uint64((1 << count) - 1)
     if signed:
         field = (field ^ uint64(1 << (count - 1))) - uint64(1 << (count - 1))

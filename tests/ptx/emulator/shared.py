@@ -52,7 +52,10 @@ class SharedMemory:
         count = values.shape[1]
         self.check(addresses, size * count, ins, "store")
         self.note_write(self.units(addresses, size * count), warps, ins)
-        self.data.view(f"u{size}")[(addresses // size)[:, None] + np.arange(count)] = values
+        places, data = (addresses // size)[:, None] + np.arange(count), self.data.view(f"u{size}")
+        data[places] = values
+        if (data[places] != values).any():
+            self.reports.add("race", ins, "threads store different values to one byte")
 
     def note_read(
         self, units: Array, warps: Array, ins: Instruction, *, agents: Array | None = None, clocks: Array | int = 0
