@@ -25,7 +25,7 @@ test-release: $(VENV)/.test
 
 mutants: $(VENV)/.test
 	$(PY) tests/mutants $(ARGS)
-	$(EMULATOR) tests/ptx/faults.py
+	test -n "$(ARGS)" || $(EMULATOR) tests/ptx/faults.py
 
 # Every kernel shipped or offered, as compiled, in the PTX emulator.
 ptx: $(VENV)/.test
