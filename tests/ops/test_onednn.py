@@ -182,6 +182,18 @@ def test_a_fused_model_takes_it_and_says_so(on_cpu) -> None:
 
 
 @torch.no_grad()
+def test_a_compiled_fused_model_is_one_graph_of_torchs_operations(on_cpu) -> None:
+    model = make(hidden_size=64, intermediate_size=128)
+    intermediate, pooler = blocks(model)[0], model.pooler
+    bert_fused.fuse(model)
+    hidden = torch.randn(16, 3, 64)
+    for module in (intermediate, pooler):
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(hidden), type(module).original.forward(module, hidden))
+    assert on_cpu == []
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("guard", ["hook", "patched activation", "few rows", "gradients"])
 def test_a_module_runs_hugging_faces_code_where_it_must(guard, on_cpu, monkeypatch) -> None:
     model = make(hidden_size=64, intermediate_size=128)
