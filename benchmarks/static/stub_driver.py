@@ -98,7 +98,7 @@ def install(arch: int = ARCH) -> ctypes.CDLL:
     driver.get_device_capability = lambda device: divmod(arch, 10)
     triton.runtime.driver.set_active(driver)
 
-    from bert_fused import autograd, fallback
+    from bert_fused import autograd, fallback, ops
     from bert_fused.hf import checks
     from bert_fused.kernels import runtime
 
@@ -112,6 +112,6 @@ def install(arch: int = ARCH) -> ctypes.CDLL:
     runtime._num_sms_of_index = functools.cache(lambda index: SMS)
     runtime._name_of_index = functools.cache(lambda index: "stub")
     checks._CPU_HAS_KERNELS = True
-    for module in (autograd, fallback, checks):
+    for module in (autograd, fallback, ops):
         vars(module)["device_reason"] = device_reason
     return stub

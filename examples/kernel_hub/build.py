@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent.parent / "bert_fused"
-COPIED = ("autograd.py", "fallback.py", "guards.py", "ops.py", "reference.py")
+COPIED = ("autograd.py", "fallback.py", "guards.py", "onednn.py", "ops.py", "reference.py")
 INIT = '''"""BERT's dense blocks as single Triton kernels, for Hugging Face's kernelize. Made by bert_fused."""
 
 from . import layers
