@@ -56,6 +56,7 @@ def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr("bert_fused.cli.check.ROUNDS", 1)
     monkeypatch.setattr("bert_fused.cli.demo.SECONDS", 0.0)
+    monkeypatch.setattr("bert_fused.cli.demo.RERANKED", 1)
     make(vocab_size=30522, max_position_embeddings=300).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
     return str(tmp_path)

@@ -119,6 +119,6 @@ def cases(arch: int) -> list[Case]:
 
 
 def choice(arch: int) -> list[Case]:
-    """Return the cases that ``make test`` runs: ten, evenly spread, and those of large tensors."""
+    """Return the cases that ``make test`` runs: about six, evenly spread, and on some those of large tensors."""
     every = [*linear_cases(arch), *elementwise_cases(arch)]
-    return [*every[:: len(every) // 9], *far_cases(arch)]
+    return [*every[:: len(every) // 5], *(far_cases(arch) if arch in (80, 90, 100) else ())]
