@@ -94,7 +94,7 @@ def test_tf32_of_random_fp32_is_about_as_exact_as_eager_tf32(M: int, N: int, K: 
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("poisoned_empty")
-def test_every_layout_is_no_worse_than_eager_and_exact_on_integers(layout: str, dtype: torch.dtype) -> None:
+def test_every_layout_is_no_worse_than_eager_and_integers_are_exact(layout: str, dtype: torch.dtype) -> None:
     """Through the lookup, which leaves awkward strides to cuBLAS, and in the pointer kernel, which takes any.
 
     cuBLAS rounds 16-bit pre-activations, as eager does, so eager's error is their bound.
