@@ -201,6 +201,12 @@ def test_registers_are_packed_with_the_first_in_the_lowest_bits() -> None:
     same(compute("mov.b32 {%rs1, %rs2}, {0}; mov.b32 {d}, {%rs2, %rs1};", A), A << 16 | A >> 16)
 
 
+def test_a_part_that_nothing_was_written_to_holds_ones() -> None:
+    body = "mov.b64 %rd20, {%r1, %r50}; mov.b64 {OUT}, %rd20; st.global.b32 [%rd11], %r9;"
+    assert run(body.replace("OUT", "%r9, _")).result.tolist() == list(range(32))
+    assert (run(body.replace("OUT", "_, %r9")).result == 0xFFFFFFFF).all()
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -86,10 +86,15 @@ def _move(ins: Instruction, reader: Reader) -> Effect | None:
         return split
     (target,) = reader.numbers(ins.args[0])
     parts = names(ins.args[1])
-    sources = [reader.get(name, f"b{8 * size // len(parts)}") for name in parts]
+    kind = f"b{8 * size // len(parts)}"
+    sources = [(reader.operands.program.registers.get(name, ("", -1))[1], reader.get(name, kind)) for name in parts]
 
     def join(block: "Block", mask: Array | None) -> None:
-        values = np.stack([source(block) for source in sources], 1)
+        # LLVM packs a register that nothing is written to where nobody reads that part: it holds ones here.
+        unset = np.full(block.threads, -1).astype(NAMES[kind])
+        values = np.stack(
+            [unset if i >= 0 and block.registers[i] is None else source(block) for i, source in sources], 1
+        )
         block.put(target, values.view(f"u{size}")[:, 0], mask)
 
     return join
