@@ -136,7 +136,8 @@ def test_a_swizzle_permutes_16_byte_pieces_of_each_8_rows(swizzle, width) -> Non
     ("parts", "kind"),
     [
         ({"wait": ""}, "race"),
-        ({"init": INIT}, "missing proxy fence"),
+        ({"init": INIT}, "mbarrier not fenced"),
+        ({"wait": ""}, "exit"),
         ({"expect": EXPECT + EXPECT.replace("BYTES", "0")}, "mbarrier"),
         ({"wait": WAIT + "bar.sync 0;" + EXPECT + "@%p1 mbarrier.inval.shared::cta.b64 [%r22];"}, "mbarrier"),
     ],

@@ -181,6 +181,10 @@ def test_tcgen05_adds_to_what_was_stored() -> None:
         ({"wait": ""}, "tensor memory"),
         ({"loaded": ""}, "unfinished register"),
         ({"release": ""}, "exit"),
+        (
+            {"loaded": "tcgen05.wait::ld.sync.aligned;" + RELEASE.replace("bar.sync 0;", ""), "release": ""},
+            "tensor memory",
+        ),
         ({"commit": "", "wait": ""}, "exit"),
         ({"before": stored("bar.sync 0;")}, "tensor memory"),
         ({"before": stored("tcgen05.wait::st.sync.aligned;")}, "tensor memory"),
@@ -196,6 +200,7 @@ def test_misuse_of_tensor_memory_is_reported(parts, kind) -> None:
         ({"load": f"tcgen05.ld.sync.aligned.32x32b.x{N}.b32 {{{TENSOR}}}, [%r25 + 1];"}, "outside of the allocated"),
         ({"load": f"tcgen05.ld.sync.aligned.32x32b.x{N}.b32 {{{TENSOR}}}, [%r24 + 0];"}, "its own 32 lanes only"),
         ({"release": RELEASE.replace(", 32", ", 64")}, "was not allocated"),
+        ({"release": RELEASE.replace("@%p6", "")}, "more than one warp"),
         (
             {"setup": SETUP + "@%p6 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r22], 32;"},
             "allocated already",

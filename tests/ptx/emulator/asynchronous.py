@@ -152,6 +152,8 @@ def _wgmma(ins: Instruction, reader: "Reader") -> "Effect | None":
             raise ins.error("a part of a group of four warps")
         for group in np.unique(block.warps(mask) // 4):
             first = 128 * int(group)
+            if any(len(np.unique(each(block)[first : first + 128])) > 1 for each in (a, b, add)):
+                raise ins.error("not the same in the four warps")
             left = operand(int(a(block)[first]), 64, element, ins, transposed=transposed[0])
             right = operand(int(b(block)[first]), columns, element, ins, transposed=transposed[1])
             block.wgmma.multiply(int(group), targets, [left, right], bool(add(block)[first]), columns, element, ins)
@@ -164,9 +166,9 @@ def _tcgen05(ins: Instruction, reader: "Reader") -> "Effect | None":
     if what == "relinquish_alloc_permit":
         return lambda block, mask: None
     if what == "wait::st":
-        return lambda block, mask: block.tensor_memory.unstored.__setitem__(block.warps(mask), False)
+        return lambda block, mask: block.tensor_memory.finish(block.warps(mask), True)
     if what == "wait::ld":
-        return lambda block, mask: block.tensor_memory.loading.clear()
+        return lambda block, mask: block.tensor_memory.finish(block.warps(mask), False)
     build = {"alloc": _allocate, "dealloc": _deallocate, "ld": _access, "st": _access, "mma": _tensor_mma}
     if what == "commit":
         return _commit(ins, reader)
@@ -177,6 +179,8 @@ def _allocate(ins: Instruction, reader: "Reader") -> "Effect | None":
     address, columns = reader.address(ins.args[0], wide=False), int(ins.args[1])
 
     def allocate(block: "Block", mask: Array | None) -> None:
+        if len(block.warps(mask)) != 1:
+            raise ins.error("more than one warp")
         start = block.tensor_memory.allocate(columns, ins)
         warp = block.warps(mask)[:1]  # the threads of one warp do it together
         at = address(block)[32 * warp]
@@ -189,7 +193,10 @@ def _deallocate(ins: Instruction, reader: "Reader") -> "Effect | None":
     address, columns = reader.get(ins.args[0], "u32"), int(ins.args[1])
 
     def release(block: "Block", mask: Array | None) -> None:
+        if len(block.warps(mask)) != 1:
+            raise ins.error("more than one warp")
         thread = 32 * int(block.warps(mask)[0])
+        block.tensor_memory.check_idle(thread // 32, ins)
         block.tensor_memory.release(int(address(block)[thread]), columns, ins)
 
     return release

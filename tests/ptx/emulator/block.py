@@ -152,6 +152,8 @@ class Block:
             self.alive &= ~acting
         elif ins.parts[0] == "bar":
             self._check_barrier(ins)
+            if (acting.reshape(-1, 32).any(1) != acting.reshape(-1, 32).all(1)).any():
+                self.reports.add("divergence", ins, "a warp's threads are apart")
             places[acting] = at
             self.waiting |= acting
         elif ins.parts[:2] == ["mbarrier", "try_wait"]:
@@ -259,5 +261,7 @@ class Block:
             self.reports.add("exit", last, "bulk stores unfinished at the end")
         if self.wgmma.pending or self.tensor_memory.queue:
             self.reports.add("exit", last, "matrix products unfinished at the end")
+        if any(barrier.arriving for barrier in self.barriers.at.values()):
+            self.reports.add("exit", last, "bulk loads or products unfinished at the end")
         if self.tensor_memory.columns:
             self.reports.add("exit", last, "tensor memory not released")

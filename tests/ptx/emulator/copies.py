@@ -198,7 +198,7 @@ class BulkCopies:
         units, warps = self.shared.units(np.array([barrier_at]), 8), np.array([warp])
         writers, written_at = self.shared.writer[units], self.shared.written_at[units]
         if not self.clocks.has_seen(warps[:, None], writers, written_at, by_proxy=True).all():
-            self.barriers.reports.add("missing proxy fence", ins, "the mbarrier was initialized")
+            self.barriers.reports.add("mbarrier not fenced", ins, "the mbarrier was initialized")
         self.shared.note_write(
             self.shared.units(addresses.ravel(), tensor.itemsize),
             np.broadcast_to(warps, addresses.size),

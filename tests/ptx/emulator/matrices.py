@@ -142,8 +142,8 @@ class Wgmma:
 class TensorMemory:
     """sm_100's tensor memory, 128 lanes of 512 columns of fp32, and its tensor core.
 
-    used, multiplied: by column, the last clock of a warp's access and of a product. unstored: warps whose stores are
-    not waited for. loading: registers whose loads are not.
+    used, multiplied: by column, the last clock of a warp's access and of a product. unstored, unloaded: warps whose
+    stores and loads are not waited for; touching: the columns of these. loading: registers that are being loaded.
     """
 
     def __init__(self, shared: SharedMemory, barriers: Mbarriers, clocks: Clocks, reports: Reports) -> None:
@@ -155,6 +155,8 @@ class TensorMemory:
         self.multiplied = np.zeros(512, np.int64)
         self.unstored = np.zeros(clocks.warps, bool)
         self.loading: set[int] = set()
+        self.unloaded = np.zeros(clocks.warps, bool)
+        self.touching = np.zeros((2, clocks.warps, 512), bool)
         self.queue: list[Work] = []
         self.commits = 0
 
@@ -193,7 +195,27 @@ class TensorMemory:
                 self.reports.add("tensor memory", ins, "read before tcgen05.wait::st")
             self.used[warp, mine] = self.clocks.seen[warp, warp]
             self.unstored[warp] |= store
+            self.unloaded[warp] |= not store
+            self.touching[int(store), warp, mine] = True
         return rows[:, None], columns
+
+    def finish(self, warps: Array, store: bool) -> None:
+        """``tcgen05.wait::st`` or ``wait::ld``: what these warps stored or loaded counts as done from now on."""
+        for warp in warps:
+            mine = self.touching[int(store), warp]
+            self.used[warp, mine] = self.clocks.seen[warp, warp]
+            mine[:] = False
+        (self.unstored if store else self.unloaded)[warps] = False
+        if not store:
+            self.loading.clear()
+
+    def check_idle(self, warp: int, ins: Instruction) -> None:
+        """Report accesses and products that the warp, which releases the memory, has not seen the end of."""
+        seen = self.clocks.seen[warp]
+        if self.unstored.any() or self.unloaded.any() or (self.used > seen[: self.clocks.warps, None]).any():
+            self.reports.add("tensor memory", ins, "released while another warp may use it")
+        if (self.multiplied > seen[self.clocks.tensor_core]).any():
+            self.reports.add("tensor memory", ins, "released while a product is unfinished")
 
     def _check(self, columns: Array, ins: Instruction) -> None:
         if not self.columns or columns.min() < self.columns.start or columns.max() >= self.columns.stop:
@@ -215,10 +237,12 @@ class TensorMemory:
         ]
         for addresses in places:
             self.operands.note(addresses, held, warp, self.clocks.tensor_core, self.commits + 1, ins)
+        if target >> 16:
+            raise ins.error("a lane other than 0")
         touched = (target & 0xFFFF) + np.arange(columns)
         self._check(touched, ins)
         seen = self.clocks.seen[warp, : self.clocks.warps, None]
-        if self.unstored.any() or (self.used[:, touched] > seen).any():
+        if self.unstored.any() or self.unloaded.any() or (self.used[:, touched] > seen).any():
             self.reports.add("tensor memory", ins, "product not ordered after another warp's tcgen05.ld or st")
         self.multiplied[touched] = self.commits + 1
         lanes = np.arange(128) if rows == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16

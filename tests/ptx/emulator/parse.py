@@ -29,8 +29,12 @@ class Instruction:
 
     def __post_init__(self) -> None:
         self.parts = self.op.split(".")
-        self.converged = self.parts[0] in ("ldmatrix", "stmatrix", "mma", "wgmma", "shfl") or (
-            self.parts[0] == "tcgen05" and self.parts[1] in ("ld", "st", "alloc", "dealloc")
+        first, second = self.parts[0], self.parts[1] if len(self.parts) > 1 else ""
+        # Groups of asynchronous copies and fences belong to a thread; Triton's warps make them together.
+        self.converged = (
+            first in ("ldmatrix", "stmatrix", "mma", "wgmma", "shfl", "elect", "fence", "bar")
+            or (first == "tcgen05" and second not in ("mma", "commit"))
+            or (first == "cp" and not {"commit_group", "wait_group"}.isdisjoint(self.parts))
         )
 
     def error(self, what: str) -> PTXError:
