@@ -214,7 +214,7 @@ def test_a_part_that_nothing_was_written_to_holds_ones() -> None:
         "mul.hi.u32 %r9, %r1, %r1;",
         "cvt.rzi.s32.f32 %r9, %r1;",
         "add.rz.f32 %r9, %r1, %r1;",
-        "barrier.sync 0;",
+        "barrier.sync 1;",
         "bar.arrive 0, 64;",
     ],
 )

@@ -72,6 +72,7 @@ def test_warps_exchange_bytes_over_a_barrier_and_race_without() -> None:
     ran = run(exchange("bar.sync 0;"), threads=64)
     assert ran.result.tolist() == [thread ^ 32 for thread in range(64)]
     assert not ran.kinds
+    assert not run(exchange("barrier.sync 0;"), threads=64).kinds
     assert run(exchange(""), threads=64).kinds == {"race"}
 
 

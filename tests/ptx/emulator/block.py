@@ -104,7 +104,7 @@ class Block:
                     return np.where(taken, self._target(ins), at + 1)
             elif ins.parts[0] == "ret":
                 return None
-            elif ins.parts[0] == "bar":
+            elif ins.parts[0] in ("bar", "barrier"):
                 self._check_barrier(ins)
                 self.clocks.join()
                 at += 1
@@ -150,9 +150,9 @@ class Block:
             places[acting if taken is None else taken] = self._target(ins)
         elif ins.parts[0] == "ret":
             self.alive &= ~acting
-        elif ins.parts[0] == "bar":
+        elif ins.parts[0] in ("bar", "barrier"):
             self._check_barrier(ins)
-            if (acting.reshape(-1, 32).any(1) != acting.reshape(-1, 32).all(1)).any():
+            if ins.converged and (acting.reshape(-1, 32).any(1) != acting.reshape(-1, 32).all(1)).any():
                 self.reports.add("divergence", ins, "a warp's threads are apart")
             places[acting] = at
             self.waiting |= acting
@@ -171,7 +171,7 @@ class Block:
         return self.kernel.program.labels[ins.args[0]]
 
     def _check_barrier(self, ins: Instruction) -> None:
-        if ins.op != "bar.sync" or ins.args != ["0"]:
+        if ins.op not in ("bar.sync", "barrier.sync") or ins.args != ["0"]:
             raise ins.error(f"{ins.op} is not emulated for other barriers than 0 and for a part of the block")
 
     def _guard(self, ins: Instruction, mask: Array | None) -> Array | None:

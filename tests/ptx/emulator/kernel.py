@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .block import Block
 
 # Instructions that decide where to go on; ``Block`` knows them by name.
-_CONTROL = ("bra", "ret", "bar")
+_CONTROL = ("bra", "ret", "bar", "barrier")
 
 
 @dataclass
