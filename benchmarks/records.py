@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
+from bert_fused.onednn import cpu_info
 from bert_fused.timing import Ratio, ratio
 
 SCHEMA = 1
@@ -45,7 +46,7 @@ GPU_STATE = (
 def environment(device: str, commit: str | None) -> dict[str, Any]:
     """Return what all records of a run share. ``commit`` or $COMMIT replaces git's answer."""
     sha, dirty = _commit(commit or os.environ.get("COMMIT"))
-    name = _cpu_name() or platform.processor() or platform.machine()
+    name = cpu_info("model name") or platform.processor() or platform.machine()
     described: dict[str, Any] = {"type": device, "name": name, "threads": torch.get_num_threads()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -70,15 +71,6 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
     }
-
-
-def _cpu_name() -> str:
-    """Return the CPU's name as Linux gives it; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
 class BadResults(ValueError):

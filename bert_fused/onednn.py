@@ -40,14 +40,18 @@ _get_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
 _operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-@functools.cache
-def vendor() -> str:
-    """Return the CPU's vendor as Linux names it; empty elsewhere."""
+def cpu_info(field: str) -> str:
+    """Return what Linux says of the CPU, as "vendor_id" or "model name"; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return next((line.partition(": ")[2] for line in lines if line.startswith(field)), "")
+
+
+@functools.cache
+def vendor() -> str:
+    return cpu_info("vendor_id")
 
 
 @functools.cache

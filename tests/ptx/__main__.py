@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     cases_of = cases.choice if options.quick else cases.cases
     jobs = [(arch, i) for arch in options.arch or cases.ARCHS for i in range(len(cases_of(arch)))]
-    console, start, results = Console(width=120), time.perf_counter(), []
+    console, start = Console(width=120), time.perf_counter()
     workers = min(len(os.sched_getaffinity(0)), 8)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         order = {pool.submit(run, arch, i, options.quick): job for job, (arch, i) in enumerate(jobs)}

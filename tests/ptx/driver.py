@@ -23,9 +23,8 @@ from benchmarks.static import stub_driver
 _EXECUTOR = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.POINTER(ctypes.c_void_p))
 _now = threading.local()  # launch, tensors: of the call that is under way in a thread
 
-# What went wrong in launches so far, in words; and the names of the kernels launched.
+# What went wrong in launches so far, in words.
 failures: list[str] = []
-launched: list[str] = []
 
 
 def install(arch: int) -> None:
@@ -69,7 +68,6 @@ def _run(function: int, blocks: int, shared: int, parameters: Any) -> None:
     held = {address: _add(memory, jitted.fn.__name__, view) for address, view in views.items()}
     sizes = [parameter.size for parameter in kernel.program.parameters]
     arguments = [_argument(ctypes.string_at(parameters[i], size)) for i, size in enumerate(sizes)]
-    launched.append(jitted.fn.__name__)
     for index in range(blocks):
         block = Block(kernel, memory, arguments, shared, index, blocks)
         block.run()

@@ -71,9 +71,9 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "bar.sync is left out",
-        "what it orders is in order without it: buffers that nothing used before are filled, or the same warp acts "
-        "before and after it. Any two warps that meet in a byte without order would be reported, whatever the shape: "
-        "addresses in shared memory do not depend on it",
+        "what it orders is in order without it: buffers that nothing used before are filled, or only elected threads "
+        "of one warp act before and after it. Any two warps that meet in a byte without order would be reported, "
+        "whatever the shape: addresses in shared memory do not depend on it",
         {
             "sm_80 pointer": (0,),
             "sm_80 pointer, ragged K": (0,),

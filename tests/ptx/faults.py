@@ -92,7 +92,7 @@ _REWRITTEN = (
     ("store without its mask", r"@%p\d+ (st\.global)", r"\1"),
     ("load without its mask", r"@%p\d+ (ld\.global)", r"\1"),
     ("copy without its mask", r"(cp\.async\.c[ga]\S* .*, 0x10, )%r\d+;", r"\g<1>16;"),
-    ("rows are not clamped", r"min\.(s32|s64)(\s+%\w+, %\w+), %\w+;", r"mov.b\1\2;"),
+    ("rows are not clamped", r"min\.s(32|64)(\s+%\w+, %\w+), %\w+;", r"mov.b\1\2;"),
     ("an mbarrier is not waited for", r"mbarrier\.try_wait\S* complete, .*;", "mov.pred complete, -1;"),
     ("ring of buffers never wraps", r"selp\.b32(\s+%r\d+), 0, (%r\d+), %p\d+;", r"mov.b32\1, \2;"),
     ("activation: sign", r"neg\.f32(\s+%r\d+), (%r\d+);", r"mov.b32\1, \2;"),
@@ -119,7 +119,7 @@ def planted(ptx: str) -> Iterator[tuple[str, int, str, str]]:
                 value = int(match[2]) ^ more if "swizzle" in kind else int(match[2]) + more
                 yield kind, number, text, f"{text[: match.start()]}{match[1]}{value};{text[match.end() :]}"
         for kind, pattern, new in _REWRITTEN:
-            changed = re.sub(pattern, new, text).replace("mov.bs", "mov.b")
+            changed = re.sub(pattern, new, text)
             if changed != text:
                 yield kind, number, text, changed
 

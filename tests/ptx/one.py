@@ -1,6 +1,5 @@
 """One case as a row of the table, in a process of its own."""
 
-import re
 import time
 from dataclasses import dataclass, field
 
@@ -27,8 +26,8 @@ ALLOWED = (
         "Triton issues no fence between mbarrier.init and the first bulk load; it does so for every kernel with TMA",
     ),
     Allowed(
-        "missing proxy fence",
-        "write of shared byte 0 not ordered after a store of warp 0: @",
+        "allocation not fenced",
+        "write of shared byte",
         "on sm_100 a bulk load fills the bytes where tcgen05.alloc wrote its address, which all warps have read",
     ),
     Allowed(
@@ -74,7 +73,7 @@ def reason_to_allow(kind: str, text: str) -> str | None:
 def run(arch: int, index: int, quick: bool) -> Result:
     """Compile and execute one case, in a process of its own."""
     case = (cases.choice(arch) if quick else cases.cases(arch))[index]
-    kernel = str(case.config) if isinstance(case, cases.Linear) else re.split(r" ", str(case))[2]
+    kernel = str(case.config) if isinstance(case, cases.Linear) else str(case).split()[2]
     dtype = "tf32" if " tf32 " in str(case) else ""
     result, start = Result((f"sm_{arch}", f"{kernel} {dtype}".strip()), str(case)), time.perf_counter()
     compiled = execute.compiled(case)

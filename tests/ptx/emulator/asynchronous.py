@@ -185,6 +185,7 @@ def _allocate(ins: Instruction, reader: "Reader") -> "Effect | None":
         warp = block.warps(mask)[:1]  # the threads of one warp do it together
         at = address(block)[32 * warp]
         block.shared.store(at, 4, np.full((1, 1), start, np.uint32), warp, ins)
+        block.shared.allocation = int(at[0]) >> 1, int(block.clocks.own(warp)[0])
 
     return allocate
 

@@ -64,7 +64,7 @@ def operand(descriptor: int, rows: int, element: str, ins: Instruction, *, trans
     return swizzled(addresses, width)
 
 
-class Operands:
+class SharedMatrices:
     """Matrices in shared memory, read by the async proxy."""
 
     def __init__(self, shared: SharedMemory) -> None:
@@ -90,7 +90,7 @@ class Wgmma:
 
     def __init__(self, registers: list[Array], shared: SharedMemory, clocks: Clocks, reports: Reports) -> None:
         self.registers, self.clocks, self.reports = registers, clocks, reports
-        self.operands = Operands(shared)
+        self.operands = SharedMatrices(shared)
         self.groups = Groups(clocks, clocks.products)
         self.pending: dict[int, int] = {}
         self.unfenced: set[int] = set()
@@ -148,7 +148,7 @@ class TensorMemory:
 
     def __init__(self, shared: SharedMemory, barriers: Mbarriers, clocks: Clocks, reports: Reports) -> None:
         self.barriers, self.clocks, self.reports = barriers, clocks, reports
-        self.operands = Operands(shared)
+        self.operands = SharedMatrices(shared)
         self.data = np.full((128, 512), np.nan, np.float32)
         self.columns = range(0)
         self.used = np.zeros((clocks.warps, 512), np.int64)

@@ -1,6 +1,5 @@
 """Global memory: tensors at addresses, of which only the bytes of their elements may be touched."""
 
-import bisect
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +43,6 @@ class Memory:
         self.tensors: list[Tensor] = []
         self.data, self.valid, self.written = np.zeros(_GAP, np.uint8), np.zeros(_GAP, bool), np.zeros(_GAP, bool)
         self.stores = np.zeros(_GAP, np.uint8)
-        self._starts: list[int] = []
         self._bounds = np.zeros((0, 3), np.int64)
         self._next = 0x7F0000000000 + 256  # a multiple of 256 and of nothing larger
 
@@ -78,8 +76,7 @@ class Memory:
         elements = tensor.offsets()[..., None] + np.arange(array.itemsize)
         self.data[elements] = 0xFF if output else array.view(np.uint8).reshape(elements.shape)
         self.valid[elements], self.written[elements] = True, not output
-        index = bisect.bisect(self._starts, address)
-        self._starts.insert(index, address)
+        index = int(np.searchsorted(self._bounds[:, 0], address, "right"))
         self._bounds = np.insert(self._bounds, index, (address, extent, tensor.start), axis=0)
         self.tensors.insert(index, tensor)
         return tensor

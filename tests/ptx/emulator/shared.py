@@ -27,6 +27,7 @@ class SharedMemory:
         self.row_of[self.readers] = np.arange(len(self.readers))
         self.read_at = np.zeros((len(self.readers), units), np.int64)
         self.active = np.arange(clocks.warps)  # rows of readers that have read anything
+        self.allocation = (-1, -1)  # unit and clock of the address that tcgen05.alloc wrote
 
     def check(self, addresses: Array, size: int, ins: Instruction, what: str) -> None:
         """Raise ``PTXError`` unless accesses of ``size`` bytes are aligned and inside."""
@@ -102,9 +103,12 @@ class SharedMemory:
         ordered = self.clocks.has_seen(warps, writers, written_at, by_proxy=by_proxy)
         if ordered.all():
             return
-        access, unit = (int(index[0]) for index in np.nonzero(~ordered))
         kind = "race"
         if by_proxy and self.clocks.has_seen(warps, writers, written_at, by_proxy=False).all():
-            kind = "missing proxy fence"
+            unit, clock = self.allocation
+            others = ~ordered & ~((units // 2 == unit // 2) & (written_at == clock))
+            kind = "missing proxy fence" if others.any() else "allocation not fenced"
+            ordered = ~others if others.any() else ordered
+        access, unit = (int(index[0]) for index in np.nonzero(~ordered))
         byte, name = 2 * int(units[access, unit]) - SHARED_BASE, self.clocks.name(int(writers[access, unit]))
         self.reports.add(kind, ins, f"{what} of shared byte {byte} not ordered after {name}")
