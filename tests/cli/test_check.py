@@ -260,6 +260,7 @@ def test_check_refuses_a_tokenizer_that_does_not_fit(
 
 def test_check_blames_a_model_that_cannot_run(tmp_path, capsys, monkeypatch) -> None:
     make().save_pretrained(tmp_path)
+    capsys.readouterr()
 
     def broken(self, *args, **kwargs):
         raise RuntimeError("no. Not today.\nReally")
