@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
-from .fallback import is_disabled, mode_reason, tensor_reason
+from .fallback import interpreted, is_disabled, mode_reason, tensor_reason
+from .guards import class_is_patched, hook_reason
 
 # Activation -> the operator's name and algorithm for it; quick_gelu is not among them.
 _NAMES = {
@@ -26,13 +27,17 @@ _NAMES = {
 }
 # CPU vendor and dtype -> the fewest rows from which on oneDNN's call was faster than PyTorch's two. What is not here
 # was not faster, or not measured. Eager's time over oneDNN's, one thread, torch 2.13, BERT's layers, November 2026:
-# AMD EPYC (AVX-512): fp32 1.98 to 2.44 from 32 rows on, since PyTorch's product there is MKL's, 0.8 at 1 row; bf16
-# 1.04 to 1.41. Intel Xeon (AMX): bf16 1.08 to 1.24 with GELU and 1.1 to 2.1 with tanh; fp32 0.5 to 1.06.
+# AMD EPYC (AVX-512): fp32 1.42 to 1.76 at 8 rows and 1.98 to 2.44 from 32 on, since PyTorch's product there is MKL's,
+# 0.8 at 1 row; bf16 1.04 to 1.41. Intel Xeon (AMX): bf16 1.07 to 1.26 with GELU and 1.1 to 2.1 with tanh; fp32 0.5 to
+# 1.14.
 _FROM_ROWS = {
-    ("AuthenticAMD", torch.float32): 32,
+    ("AuthenticAMD", torch.float32): 8,
     ("AuthenticAMD", torch.bfloat16): 32,
     ("GenuineIntel", torch.bfloat16): 8,
 }
+# The same for a linear layer without an activation. AMD EPYC: fp32 as above, since most of the gain is the product's;
+# bf16 not measured. Intel Xeon: bf16 1.02 to 1.29 from 512 rows on; below 128 it gains less than the checks cost.
+_FROM_ROWS_ALONE = {("AuthenticAMD", torch.float32): 8, ("GenuineIntel", torch.bfloat16): 256}
 # Largest difference from PyTorch's two calls that is let through, relative to the largest result.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -55,19 +60,21 @@ def vendor() -> str:
 
 
 @functools.cache
-def from_rows() -> dict[torch.dtype, int]:
-    """Return the dtypes that oneDNN serves on this CPU, and the fewest rows of each."""
-    if _operator is None or not torch.backends.mkldnn.is_available():
+def from_rows(*, alone: bool = False) -> dict[torch.dtype, int]:
+    """Return the dtypes that oneDNN serves on this CPU, and the fewest rows of each. alone: without an activation."""
+    if _operator is None or not torch.backends.mkldnn.is_available() or interpreted():
         return {}
-    return {dtype: rows for (name, dtype), rows in _FROM_ROWS.items() if name == vendor()}
+    table = _FROM_ROWS_ALONE if alone else _FROM_ROWS
+    return {dtype: rows for (name, dtype), rows in table.items() if name == vendor()}
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> bool:
     """Return whether oneDNN serves a call of ``linear_act`` that needs no gradient and has passed its checks."""
+    fewest = from_rows(alone=activation == "none").get(x.dtype)
     return (
         x.device.type == "cpu"
-        and x.dtype in from_rows()
-        and x.shape[:-1].numel() >= from_rows()[x.dtype]
+        and fewest is not None
+        and x.shape[:-1].numel() >= fewest
         and weight.numel() > 0
         and not is_disabled()
         and _get_enabled()
@@ -83,6 +90,35 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     name, algorithm = _NAMES[activation]
     with torch.no_grad():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    return out
+
+
+def may_serve(dtype: torch.dtype, rows: int, *, alone: bool = False) -> bool:
+    """Tell whether oneDNN may serve a call now, before its tensors are looked at. alone: without an activation."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    fewest = from_rows(alone=alone).get(dtype)
+    return fewest is not None and rows >= fewest
+
+
+def may_project(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether ``project`` has anything to gain on tensors of this device and dtype."""
+    return device.type == "cpu" and dtype in from_rows(alone=True) and not is_disabled()
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """Return ``linear(x)``, ``[..., K]`` to ``[..., N]``; oneDNN serves a plain ``nn.Linear`` without hooks."""
+    if type(linear) is nn.Linear and type(x) is Tensor and may_serve(x.dtype, x.shape[:-1].numel(), alone=True):
+        weight, bias = linear.weight, linear.bias
+        if (
+            x.shape[-1:] == weight.shape[-1:]
+            and all(each.dtype == x.dtype and each.device == x.device for each in (weight, bias) if each is not None)
+            and serves(x, weight, bias, "none")
+            and hook_reason(linear) is None
+            and not class_is_patched(nn.Linear)
+        ):
+            return linear_act(x, weight, bias, "none")
+    out: Tensor = linear(x)
     return out
 
 

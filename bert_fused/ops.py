@@ -11,6 +11,8 @@ from .reference import NEEDS_PREACT
 if HAS_TRITON:
     from .kernels.plan import key_of, plans
 
+ONEDNN = "oneDNN where no gradient is wanted"  # a path, as reports print it
+
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -87,7 +89,7 @@ def path_name(device: torch.device, dtype: torch.dtype) -> str:
     if reason is None:
         return "Triton"
     if device.type == "cpu" and dtype in onednn.from_rows() and not is_disabled():
-        return "oneDNN where no gradient is wanted"
+        return ONEDNN
     return f"PyTorch ({reason})"
 
 

@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # also where the GPU's 
 EMULATED_ARCH = int(os.environ.get("BERT_FUSED_EMULATE", "0"))
 
 import torch  # noqa: E402
+from cpu import on_cpu  # noqa: E402, F401
 
 if GPU:
     from watchdog import pytest_configure, pytest_runtest_protocol, pytest_runtest_teardown  # noqa: F401

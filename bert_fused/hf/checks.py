@@ -120,12 +120,9 @@ def activation_now(function: Any, linear: Any, hidden: Tensor, first: bool) -> s
 
 def _onednn_may_serve(hidden: Tensor, first: bool) -> bool:
     """Tell whether oneDNN may serve a call on a CPU. Others go to Hugging Face's code, which costs nothing more."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if not hidden.dim():
         return False
-    fewest = onednn.from_rows().get(hidden.dtype)
-    if fewest is None or not hidden.dim():
-        return False
-    return (hidden.shape[0] if first else hidden.shape[:-1].numel()) >= fewest
+    return onednn.may_serve(hidden.dtype, hidden.shape[0] if first else hidden.shape[:-1].numel())
 
 
 def dropout_is_active(module: nn.Module) -> bool:

@@ -6,45 +6,22 @@ A module is fused by assigning its ``__class__``: parameters, hooks, keys and id
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import nn
 
-from ..unpad.attention import FusedAttention, FusedSelfAttention
 from ..unpad.encoder import FusedEncoder
 from ..unpad.hooks import add_hooks, remove_hooks
-from ..unpad.sites import EncoderSite, encoder_sites, settings
 from . import modules
-from .checks import path_of, step_aside_reason
-from .recognize import lookalike_reason
+from .planning import Change, Options, Plan, make_plan
 
 _lock = threading.Lock()
 _fuse_count = itertools.count(1)
 
-_MATCHED_BY_NAME = "its class is named in _no_split_modules"
-
 # Attributes that ``fuse`` sets on instances where they differ from the class's.
 _OPTIONS = ("recompute_preact", "skip", "unpad", "cls_only", "under_head", "fuse_count")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of ``fuse`` and ``fused``."""
-
-    recompute_preact: bool = False
-    unpad: bool = False
-    cls_only: bool | Literal["auto"] = False
-    skip_pooler: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.cls_only, str) and self.cls_only != "auto":
-            raise ValueError(f"cls_only must be True, False or 'auto', got {self.cls_only!r}")
-        for name, value in vars(self).items():
-            if not isinstance(value, bool) and not (name == "cls_only" and isinstance(value, str)):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -102,9 +79,9 @@ def fuse(
         TypeError: ``model`` is not an ``nn.Module``, or an option not a bool.
         ValueError: ``cls_only`` is another string.
     """
-    report, fused_now, fused_before = _fuse(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
-    _apply([*fused_now, *fused_before])
-    return report
+    plan = _plan(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
+    _apply([*plan.now, *plan.before])
+    return _report(plan)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -135,27 +112,28 @@ def fused(
     Raises:
         TypeError, ValueError: as ``fuse``.
     """
-    report, fused_now, _ = _fuse(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
-    _apply(fused_now)
+    plan = _plan(model, Options(recompute_preact, unpad, cls_only, skip_pooler))
+    _apply(plan.now)
     try:
-        yield report
+        yield _report(plan)
     finally:
-        _restore(change.module for change in fused_now)
-        for change in fused_now:
+        _restore(change.module for change in plan.now)
+        for change in plan.now:
             if change.site is not None:
                 remove_hooks(module for module, _ in change.site.hooked)
 
 
-class _Change(NamedTuple):
-    """A module, the class it gets, and its options. site: of an encoder, else None."""
-
-    module: nn.Module
-    kind: type[nn.Module]
-    options: Mapping[str, object] = MappingProxyType({})
-    site: EncoderSite | None = None
+def _plan(model: nn.Module, options: Options) -> Plan:
+    _check(model)
+    with _lock:
+        return make_plan(model, options)
 
 
-def _apply(changes: Sequence[_Change]) -> None:
+def _report(plan: Plan) -> FuseReport:
+    return FuseReport(tuple(plan.paths), plan.skipped, plan.paths)
+
+
+def _apply(changes: Sequence[Change]) -> None:
     with _lock:
         _drop_options(change.module for change in changes)
         for module, kind, options, site in changes:
@@ -169,96 +147,6 @@ def _apply(changes: Sequence[_Change]) -> None:
                 remove_hooks(module for module, _ in site.hooked)
 
 
-@dataclass
-class _Plan:
-    """A report being made, and the changes: ``now`` to modules not fused yet, ``before`` to those that are."""
-
-    skipped: dict[str, str] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
-    now: list[_Change] = field(default_factory=list)
-    before: list[_Change] = field(default_factory=list)
-
-    def add(self, change: _Change) -> None:
-        (self.before if modules.original_class(change.module) is not None else self.now).append(change)
-
-
-def _fuse(model: nn.Module, options: Options) -> tuple[FuseReport, list[_Change], list[_Change]]:
-    """Return the report, the changes to modules not fused yet, and those to fused ones. Changes nothing."""
-    _check(model)
-    plan = _Plan()
-    sites = list(encoder_sites(model))
-    unread = {id(site.pooler) for site in sites if site.head is None and options.skip_pooler}
-    with _lock:
-        # accelerate and FSDP look for these classes by name, and would miss one that has ours.
-        matched_by_name = {name for each in model.modules() for name in getattr(each, "_no_split_modules", None) or ()}
-        _plan_blocks(plan, model, options, matched_by_name, unread)
-        skipped_poolers = {id(change.module) for change in (*plan.now, *plan.before) if "skip" in change.options}
-        for site in sites:
-            pools = site.pooler is not None and id(site.pooler) not in skipped_poolers
-            _plan_encoder(plan, site, options, matched_by_name, pools)
-    holds_no = f"{type(model).__name__} holds no"
-    if (options.unpad or options.cls_only) and not sites:
-        families = "bert, roberta, xlm-roberta, camembert, electra"
-        plan.skipped[""] = f"{holds_no} whole model of the families {families}, so no encoder is fused"
-    elif not plan.paths and not plan.skipped:
-        plan.skipped[""] = f"{holds_no} module of transformers that can be fused"
-    return FuseReport(tuple(plan.paths), plan.skipped, plan.paths), plan.now, plan.before
-
-
-def _plan_blocks(plan: _Plan, model: nn.Module, options: Options, matched_by_name: set[str], unread: set[int]) -> None:
-    """Plan the linear layers with their activations. unread: ids of the poolers to skip."""
-    for name, module in model.named_modules():
-        already, wrapped = modules.original_class(module), modules.wrapped_class(module)
-        target = modules.fused_class(already or wrapped or type(module))
-        if target is None:
-            reason = lookalike_reason(module)
-            if reason is not None:
-                plan.skipped[name] = reason
-            continue
-        if wrapped is not None and not already:
-            reason = f"fully_shard made it a {type(module).__name__}, which it must stay: fuse before fully_shard"
-        else:
-            reason = step_aside_reason(module, already or type(module), target.block)
-        if reason is None and type(module).__name__ in matched_by_name:
-            reason = _MATCHED_BY_NAME
-        if reason is not None:
-            plan.skipped[name] = reason
-            continue
-        settings = {"recompute_preact": True} if options.recompute_preact else {}
-        plan.paths[name] = path_of(module, target.block)
-        if id(module) in unread:
-            settings["skip"], plan.paths[name] = True, "left out on request"
-        plan.add(_Change(module, target if wrapped is None else type(module), settings))
-
-
-def _plan_encoder(plan: _Plan, site: EncoderSite, options: Options, matched_by_name: set[str], pools: bool) -> None:
-    """Plan an encoder and its attentions. pools: a pooler reads its result."""
-    already = modules.original_class(site.encoder)
-    granted, does, reason = settings(site, options.unpad, options.cls_only, pools)
-    if granted and type(site.encoder).__name__ in matched_by_name:
-        granted, reason = {}, _MATCHED_BY_NAME
-    if reason is not None:
-        plan.skipped[site.name] = reason
-    if not granted and already is None:
-        return
-    attentions = []
-    if granted:
-        attentions = [layer.attention.self for layer in site.encoder.layer] + [site.encoder.layer[-1].attention]
-    for module in site.encoder.modules():
-        original = modules.original_class(module) or type(module)
-        if module in attentions:
-            plan.add(_Change(module, modules.fused_encoder_class(original) or original))
-        elif isinstance(module, (FusedSelfAttention, FusedAttention)):  # in a layer that was moved after it was fused
-            plan.add(_Change(module, original))
-    kind = type(site.encoder)
-    if granted:
-        kind = modules.fused_encoder_class(already or kind) or kind
-        plan.paths[site.name] = does
-    elif not modules.wrapped_class(site.encoder):
-        kind = already or kind
-    plan.add(_Change(site.encoder, kind, granted, site))
-
-
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuse within a ``with`` block, then fuse the same modules again."""
@@ -266,7 +154,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
     before = []
     for module in was_fused:
         options = {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
-        before.append(_Change(module, type(module), options))
+        before.append(Change(module, type(module), options))
     _restore(was_fused)
     try:
         yield

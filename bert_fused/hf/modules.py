@@ -12,7 +12,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from ..guards import is_defined_in, original_of
 from ..ops import cls_pool, linear_act
-from ..unpad.attention import FusedAttention, FusedSelfAttention
+from ..unpad.attention import FusedAttention, FusedOutput, FusedSelfAttention
 from ..unpad.encoder import PREFIXES, FusedEncoder
 from .checks import activation_now, activation_of, dropout_is_active
 from .recognize import INTERMEDIATE, POOLER, Block, block_of
@@ -22,6 +22,8 @@ _ENCODER_MIXINS: dict[str, type[nn.Module]] = {
     "Encoder": FusedEncoder,
     "SelfAttention": FusedSelfAttention,
     "Attention": FusedAttention,
+    "SelfOutput": FusedOutput,
+    "Output": FusedOutput,
 }
 
 
@@ -111,13 +113,13 @@ def fused_class(original: type[nn.Module]) -> type[FusedBlock] | None:
 
 
 def fused_encoder_class(original: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the fused counterpart of a class of encoder or attention of the five families; None if there is none."""
+    """Return the fused counterpart of an encoder of the five families or of a part of its layers; None if none."""
     prefix = PREFIXES.get(original.__module__)
     mixin = _ENCODER_MIXINS.get(original.__name__.removeprefix(prefix)) if prefix is not None else None
     if mixin is None:
         return None
     if original not in _counterparts:
-        doc = f"``{original.__name__}`` without work on padding, or on positions that are not read."
+        doc = f"``{original.__name__}`` of a fused encoder."
         _make(original, mixin, {"__doc__": doc})
     return _counterparts[original]
 

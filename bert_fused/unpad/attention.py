@@ -1,7 +1,8 @@
-"""The attentions of a fused encoder: over packed rows, or of position 0 alone. Needs transformers.
+"""Parts of a fused encoder's layers: attention over packed rows or of position 0 alone, and products by oneDNN.
 
 In the place of an attention mask, Hugging Face's layers hand an ``EncoderMask`` down to the self-attention, whose class
 is ours. Where only position 0 is read, the last layer's attention, whose class is ours as well, drops the other rows.
+On a CPU the self-attentions and the outputs take their linear layers' products from oneDNN. Needs transformers.
 """
 
 import sys
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from ..guards import arguments, original_of
+from ..guards import arguments, class_is_patched, original_of, signature_of
+from ..onednn import may_serve, project
 from .packing import Packing
 
+_OUTPUT_PARTS = {"dense", "dropout", "LayerNorm"}
 # Keyword arguments that do not change the result of an encoder or an attention.
 _HARMLESS = ("position_ids", "num_items_in_batch")
 
@@ -41,17 +44,54 @@ class NotUnderstood(Exception):
 
 class FusedSelfAttention(nn.Module):
     original: type[nn.Module]
+    linears = ("query", "key", "value")
 
     def forward(self, *args: object, **kwargs: object) -> object:
         original = original_of(self)
         mask = _encoder_mask(args, kwargs)
-        if mask is None:
-            return original.forward(self, *args, **kwargs)
-        if mask.packing is None and mask.attended is None:
+        if mask is not None and (mask.packing is not None or mask.attended is not None):
+            rows = _hidden_states(original, args, kwargs)
+            return (_attend_packed if mask.packing is not None else _attend_first)(self, rows, mask), None
+        if mask is not None:
             args, kwargs = _exchanged(args, kwargs, mask, mask.mask)
+        given = arguments(original, args, kwargs)
+        hidden = given.pop("hidden_states", None)
+        if (
+            type(hidden) is Tensor
+            and hidden.dim() == 3
+            and may_serve(hidden.dtype, hidden.shape[:-1].numel(), alone=True)
+            and len(args) <= len(signature_of(original).positional)
+            and not class_is_patched(original)
+        ):
+            states_mask = given.pop("attention_mask", None)
+            if not heeded(given) and (states_mask is None or isinstance(states_mask, Tensor)):
+                more = {name: value for name, value in given.items() if name not in signature_of(original).names}
+                return _attend(self, hidden, hidden, states_mask, **more)
+        return original.forward(self, *args, **kwargs)
+
+
+class FusedOutput(nn.Module):
+    """The linear layer after an attention or an intermediate, by oneDNN, then residual and LayerNorm."""
+
+    original: type[nn.Module]
+    linears = ("dense",)
+    dense: nn.Module
+    dropout: nn.Module
+    LayerNorm: nn.Module
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        original = original_of(self)
+        hidden, residual = (*args, None, None)[:2]
+        if (
+            len(args) != 2
+            or kwargs
+            or type(hidden) is not Tensor
+            or not may_serve(hidden.dtype, hidden.shape[:-1].numel(), alone=True)
+            or self._modules.keys() != _OUTPUT_PARTS
+            or class_is_patched(original)
+        ):
             return original.forward(self, *args, **kwargs)
-        rows = _hidden_states(original, args, kwargs)
-        return (_attend_packed if mask.packing is not None else _attend_first)(self, rows, mask), None
+        return self.LayerNorm(self.dropout(project(self.dense, hidden)) + residual)
 
 
 class FusedAttention(nn.Module):
@@ -110,9 +150,9 @@ def _attend_packed(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask
     attended = (rows if mask.attended is None else mask.attended)[0]
     heads = attention.num_attention_heads
     context = mask.packing.attend(
-        attention.query(rows[0]).unflatten(-1, (heads, -1)),
-        attention.key(attended).unflatten(-1, (heads, -1)),
-        attention.value(attended).unflatten(-1, (heads, -1)),
+        project(attention.query, rows[0]).unflatten(-1, (heads, -1)),
+        project(attention.key, attended).unflatten(-1, (heads, -1)),
+        project(attention.value, attended).unflatten(-1, (heads, -1)),
         scale=attention.scaling,
         dropout=attention.dropout.p if attention.training else 0.0,
         firsts=mask.attended is not None,
@@ -122,14 +162,21 @@ def _attend_packed(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask
 
 def _attend_first(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask) -> Tensor:
     """Compute the model's own attention of position 0, ``[B, 1, H]``, to all hidden states, ``[B, S, H]``."""
+    assert mask.attended is not None
+    first_row = mask.mask[:, :, :1] if mask.mask is not None else None
+    return _attend(attention, rows, mask.attended, first_row)[0]
+
+
+def _attend(
+    attention: BertSelfAttention, rows: Tensor, attended: Tensor, mask: Tensor | None, **more: object
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the model's own attention of ``rows``, ``[B, R, H]``, to ``attended``, ``[B, S, H]``, and its weights."""
     eager = vars(sys.modules[original_of(attention).__module__])["eager_attention_forward"]
     function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
     query, key, value = (
-        projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        for projected in (attention.query(rows), attention.key(mask.attended), attention.value(mask.attended))
+        project(linear, states).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for linear, states in ((attention.query, rows), (attention.key, attended), (attention.value, attended))
     )
-    first_row = mask.mask[:, :, :1] if mask.mask is not None else None
     dropout = attention.dropout.p if attention.training else 0.0
-    context, _ = function(attention, query, key, value, first_row, dropout=dropout, scaling=attention.scaling)
-    flat: Tensor = context.flatten(-2)
-    return flat
+    context, weights = function(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **more)
+    return context.flatten(-2), weights

@@ -1,50 +1,18 @@
-"""oneDNN's linear layer with its activation, on a CPU whose vendor the tests choose.
-
-The tests' process interprets kernels, so ``on_cpu`` lets calls meet the reason that a process without them has.
-"""
+"""oneDNN's linear layer with its activation."""
 
 import logging
 import re
 
 import pytest
 import torch
+from cpu import NAMES
 from models import blocks, make
 from models import inputs as text
 from reference64 import act64, linear64
 from torch import Tensor, nn
 
 import bert_fused
-from bert_fused import linear_act, onednn, ops
-from bert_fused.hf import checks
-
-NAMES = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "none")
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CPU on which oneDNN serves fp32 and bf16 from 8 rows on. Returns the activations it served so far."""
-    table = {("AuthenticAMD", dtype): 8 for dtype in (torch.float32, torch.bfloat16)}
-    monkeypatch.setattr(onednn, "_FROM_ROWS", table)
-    monkeypatch.setattr(onednn, "vendor", lambda: "AuthenticAMD")
-    for name in ("fallback_reason", "device_reason"):
-        monkeypatch.setattr(ops, name, lambda *_: "cpu is not an NVIDIA GPU")
-    monkeypatch.setattr(checks, "_CPU_HAS_KERNELS", False)
-    served: list[str] = []
-    honest = onednn.linear_act
-
-    def watch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        served.append(activation)
-        return honest(x, weight, bias, activation)
-
-    for cached in (onednn.from_rows, onednn._agrees):
-        cached.cache_clear()
-    for activation in NAMES:
-        for dtype in (torch.float32, torch.bfloat16):
-            assert onednn._agrees(dtype, activation)
-    monkeypatch.setattr(onednn, "linear_act", watch)
-    yield served
-    onednn.from_rows.cache_clear()
-    onednn._agrees.cache_clear()
+from bert_fused import linear_act, onednn
 
 
 def drawn(M: int, N: int, K: int, dtype: torch.dtype) -> list[Tensor]:
@@ -175,10 +143,11 @@ def test_a_fused_model_takes_it_and_says_so(on_cpu) -> None:
     expected = model(**batch)
     with bert_fused.fused(model) as report:
         assert set(report.paths.values()) == {"oneDNN where no gradient is wanted"}
+        assert len(report.paths) == 2 * 4 + 1
         got = model(**batch)
     for name in expected:
         assert (got[name] - expected[name]).abs().max() <= 1e-5
-    assert on_cpu == ["gelu", "gelu", "tanh"]
+    assert on_cpu == 2 * [*4 * ["none"], "gelu", "none"] + ["tanh"]
 
 
 @torch.no_grad()

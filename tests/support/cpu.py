@@ -1,0 +1,45 @@
+"""A CPU whose vendor the tests choose, so that oneDNN serves it wherever they run.
+
+The tests' process interprets kernels, so the fixture lets calls meet the reason that a process without them has.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bert_fused import onednn, ops
+
+NAMES = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "none")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A CPU on which oneDNN serves fp32 and bf16 from 8 rows on. Returns the activations it served so far."""
+    from bert_fused.hf import checks  # transformers, which few tests of kernels need
+
+    table = {("AuthenticAMD", dtype): 8 for dtype in (torch.float32, torch.bfloat16)}
+    monkeypatch.setattr(onednn, "_FROM_ROWS", table)
+    monkeypatch.setattr(onednn, "_FROM_ROWS_ALONE", table)
+    monkeypatch.setattr(onednn, "interpreted", lambda: False)
+    monkeypatch.setattr(onednn, "vendor", lambda: "AuthenticAMD")
+    for name in ("fallback_reason", "device_reason"):
+        monkeypatch.setattr(ops, name, lambda *_: "cpu is not an NVIDIA GPU")
+    monkeypatch.setattr(checks, "_CPU_HAS_KERNELS", False)
+    served: list[str] = []
+    honest = onednn.linear_act
+
+    def watch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        served.append(activation)
+        return honest(x, weight, bias, activation)
+
+    for cached in (onednn.from_rows, onednn._agrees):
+        cached.cache_clear()
+    for activation in NAMES:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert onednn._agrees(dtype, activation)
+    monkeypatch.setattr(onednn, "linear_act", watch)
+    yield served
+    onednn.from_rows.cache_clear()
+    onednn._agrees.cache_clear()
