@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import bert_fused
 from benchmarks.cases import Case
+from benchmarks.compilers import COMPILERS
 from benchmarks.measure import Implementation, Inputs, Problem, each, graphed
 from bert_fused import reference
 from bert_fused.fallback import device_reason
@@ -91,6 +92,8 @@ def rivals(case: Case, device: str) -> list[Implementation]:
         Implementation("eager again", each(run(eager))),
         Implementation("F.linear", each(run(linear)), computes="none"),
     ]
+    if not cuda and not training:
+        found += [Implementation(name, _layers(compiler, activation)) for name, compiler in COMPILERS.items()]
     if cuda:
         found.append(Implementation("torch.compile", each(run(torch.compile(eager, dynamic=False)))))
     if cuda and case.rivals == "max-autotune":
@@ -152,6 +155,23 @@ def _quack(activation: str) -> list[Implementation]:
         return gemm_act(rows_of(x), weight.t(), bias=bias, activation=name, store_preact=False)[1]
 
     return [Implementation("QuACK", each(call))]
+
+
+class _Layer(nn.Module):
+    """Rows of x to the activation of a linear layer, whose weights a compiler may take for constants."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.linear_act(rows_of(x), self.weight, self.bias, self.activation)
+
+
+def _layers(compiler: Callable[[nn.Module], Callable[..., Any]], activation: str) -> Callable[..., list[Call]]:
+    """Return the calls of a compiled layer for each set's weights."""
+    return lambda sets: [functools.partial(compiler(_Layer(w, b, activation)), x) for x, w, b in sets]
 
 
 def _one_static_set(function: Callable[..., Any]) -> Callable[[Sequence[Inputs]], list[Call]]:

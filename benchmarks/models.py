@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bert_fused
 from benchmarks.cases import Case
+from benchmarks.compilers import COMPILERS
 from benchmarks.linear import torch_dtype
 from benchmarks.measure import Implementation, Inputs, Problem, each, graphed
 from bert_fused.reference import rms_error
@@ -40,7 +41,7 @@ class Outputs(nn.Module):
         self.model = model
         self.request = {REQUEST: request} if request is not None else {}
 
-    def forward(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         model: Any = self.model
         if mask is not None:
             outputs = model(ids, attention_mask=mask)
@@ -126,9 +127,12 @@ def problem(case: Case, device: str) -> Problem:
         Implementation(name, each(build(model)), packs=case.ragged and name in PACKED)
         for name, build in (CLASSIFIERS if case.head else BUILDERS).items()
     ]
-    if device == "cuda" and case.head:
+    if device == "cpu":
+        wrap = Logits if case.head else Outputs
+        found += [Implementation(name, each(compiler(wrap(model)))) for name, compiler in COMPILERS.items()]
+    elif case.head:
         found += [Implementation(name, each(build(model))) for name, build in COMPILED_CLASSIFIERS.items()]
-    elif device == "cuda":
+    else:
         found += [Implementation(name, graphed(build(model), 2), graphs=True) for name, build in GRAPHED.items()]
         if case.rivals == "max-autotune":
             found += [Implementation(name, each(build(model)), graphs=True) for name, build in TUNED.items()]
@@ -229,7 +233,8 @@ def check_function(name: str, dtype: str, device: str) -> float:
     layer.intermediate.dense.bias.copy_(torch.linspace(-4, -2, 4 * hidden))
     layer.output.dense.weight.copy_(100 * torch.eye(hidden).repeat_interleave(4, 1) / 4)
     (inputs, *_) = make_inputs(case, device)
-    build = (BUILDERS | COMPILED | GRAPHED | TUNED)[name]
+    on_cpu: Builders = {name: lambda model, make=make: make(Outputs(model)) for name, make in COMPILERS.items()}
+    build = (BUILDERS | (on_cpu if device == "cpu" else COMPILED | GRAPHED | TUNED))[name]
     result, exact, of_eager = (
         run(*inputs)[0] for run in (build(model), eager(copy.deepcopy(model).double()), eager(model))
     )

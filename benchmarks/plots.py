@@ -19,6 +19,7 @@ from benchmarks.records import (
     rivals,
     same_function,
     speedup,
+    threads,
 )
 
 LOST = "#c62828"
@@ -27,6 +28,8 @@ COLOURS = {
     "eager": "#616161",
     "F.linear": "#9e9e9e",
     "torch.compile": "#ef6c00",
+    "torch.compile, frozen": "#c49000",
+    "ONNX Runtime": "#00838f",
     "max-autotune without graphs": "#6a1b9a",
 }
 UNPADDED = {"ours unpadded": "#1565c0", "ours unpadded, position 0 only": "#2e7d32"}
@@ -124,8 +127,7 @@ def _over_fill(groups: list[Group], path: Path) -> Path:
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("speed-up over eager")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    device = next(iter(groups[0].values()))["device"]
-    figure.suptitle(f"{device['name']}{', one thread' if device['type'] == 'cpu' else ''}", fontsize=10)
+    figure.suptitle(_machine(groups), fontsize=10)
     return _save(figure, path)
 
 
@@ -175,7 +177,7 @@ def _label(group: Group) -> str:
 def _machine(groups: list[Group]) -> str:
     device = next(iter(groups[0].values()))["device"]
     name = str(device["name"]).replace("$", r"\$")
-    return name if device["type"] == "cuda" else f"CPU rehearsal ({name})"
+    return name if device["type"] == "cuda" else f"{name}, {threads(device)}"
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -84,10 +84,13 @@ def gpu_state(device: str) -> dict[str, str] | None:
 
 
 def default_path(shared: dict[str, Any]) -> Path:
-    """Return ``results/<gpu>/<date>-<commit>.jsonl`` beside this file, or ``<gpu>/...`` under $OUT if that is set."""
+    """Return ``results/<device>/<date>-<commit>.jsonl`` beside this file, or the same under $OUT if that is set."""
     base = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results"
     device = shared["device"]
-    slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-") if device["type"] == "cuda" else "cpu"
+    if device["type"] == "cuda":
+        slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
+    else:
+        slug = "cpu" if device["threads"] == 1 else f"cpu-{device['threads']}-threads"
     return base / slug / f"{shared['run'][:10]}-{shared['commit'][:8]}.jsonl"
 
 
@@ -232,6 +235,11 @@ def by_shape(groups: list[Group]) -> list[Group]:
         return models.index(case["model"]), case["sequence"] or 0, case["M"], case["K"], case["ragged"]
 
     return sorted(groups, key=order)
+
+
+def threads(device: dict[str, Any]) -> str:
+    """Describe the threads of a CPU's run."""
+    return "one thread" if device["threads"] == 1 else f"{device['threads']} threads"
 
 
 def case_of(group: Group) -> dict[str, Any]:

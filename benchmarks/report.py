@@ -25,6 +25,7 @@ from benchmarks.records import (
     same_function,
     share,
     speedup,
+    threads,
     times,
 )
 from bert_fused.timing import Ratio
@@ -72,7 +73,7 @@ def _header(groups: list[Group]) -> Iterator[str]:
     first = next(iter(groups[0].values()))
     device = first["device"]
     if device["type"] == "cpu":
-        yield f"# CPU rehearsal on {device['name']}: not a measurement of the kernels"
+        yield f"# {device['name']}, {threads(device)}: a CPU, so no kernel of ours"
     else:
         yield f"# {device['name']}"
     yield ""

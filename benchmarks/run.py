@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from benchmarks import linear, models
 from benchmarks.cases import RIVALS, SUITES, Case, cases
-from benchmarks.measure import copy_tb_per_s, matmul_tflops, measure, roofline_us
+from benchmarks.measure import Problem, copy_tb_per_s, matmul_tflops, measure, roofline_us
 from benchmarks.records import BadResults, Writer, default_path, environment, gpu_state
 from bert_fused.tune.search import fp32_products
 
@@ -39,18 +39,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="stop after this long")
-    parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 200)")
+    parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 9 to 200)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="on a CPU (default: 1, since threads wait for each other)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where records go, and where to go on from")
     parser.add_argument("--commit", help="the commit to record if there is no git; may end in -dirty")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu rehearses the run")
-    if arguments.rounds is None:
-        arguments.rounds = 30 if arguments.device == "cuda" else 200
-    if arguments.rounds < 1 or not arguments.budget >= 0:
-        parser.error("--rounds must be at least 1, and --budget not negative")
+    if min(arguments.rounds or 1, arguments.threads) < 1 or not arguments.budget >= 0:
+        parser.error("--rounds and --threads must be at least 1, and --budget not negative")
     if arguments.device == "cpu":
-        torch.set_num_threads(1)  # threads that wait for each other would make samples noisier
+        torch.set_num_threads(arguments.threads)
     shared = environment(arguments.device, arguments.commit)
     try:
         writer = Writer(arguments.out or default_path(shared), shared)
@@ -109,21 +110,31 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
     try:
         with fp32_products(case.dtype), torch.set_grad_enabled(case.suite == "training"):
             problem = make(case, device)
+            roofline = roofline_us(device, case.dtype, problem.flops, problem.bytes)
             shared = {
                 "fill": problem.fill,
-                "roofline_us": roofline_us(device, case.dtype, problem.flops, problem.bytes),
+                "roofline_us": roofline,
                 "ceilings": {
                     "matmul_tflops": matmul_tflops(device, case.dtype),
                     "copy_tb_per_s": copy_tb_per_s(device),
                 },
             }
             state = functools.partial(gpu_state, device)
-            rows = measure(problem, device=device, rounds=arguments.rounds, deadline=deadline, state=state)
+            rounds = arguments.rounds or _rounds(device, problem, roofline)
+            rows = measure(problem, device=device, rounds=rounds, deadline=deadline, state=state)
             return [shared | row for row in rows]
     finally:
         gc.collect()
         if device == "cuda" and _is_alive(device):
             torch.cuda.empty_cache()
+
+
+def _rounds(device: str, problem: Problem, roofline: float) -> int:
+    """Return how many rounds to take: on a CPU, whose calls take up to seconds, about a minute's, within bounds."""
+    if device == "cuda":
+        return 30
+    a_round = 2 * roofline * problem.min_calls * len(problem.implementations)
+    return max(9, min(200, round(60e6 / a_round)))
 
 
 def _is_alive(device: str) -> bool:

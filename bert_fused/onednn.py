@@ -8,13 +8,13 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import reference
 from .fallback import interpreted, is_disabled, mode_reason, tensor_reason
-from .guards import class_is_patched, hook_reason
 
 # Activation -> the operator's name and algorithm for it; quick_gelu is not among them.
 _NAMES = {
@@ -42,7 +42,7 @@ _FROM_ROWS_ALONE = {("AuthenticAMD", torch.float32): 8, ("GenuineIntel", torch.b
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _get_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
-_operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_operator: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def cpu_info(field: str) -> str:
@@ -86,10 +86,9 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> b
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Return ``act(x @ weight.T + bias)``, ``[..., N]``, for a call that ``serves`` accepts; in no graph."""
+    """Return ``act(x @ weight.T + bias)``, ``[..., N]``, for a call that ``serves`` accepts."""
     name, algorithm = _NAMES[activation]
-    with torch.no_grad():
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    out: Tensor = _operator(x, weight, bias, name, [], algorithm)
     return out
 
 
@@ -99,27 +98,6 @@ def may_serve(dtype: torch.dtype, rows: int, *, alone: bool = False) -> bool:
         return False
     fewest = from_rows(alone=alone).get(dtype)
     return fewest is not None and rows >= fewest
-
-
-def may_project(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether ``project`` has anything to gain on tensors of this device and dtype."""
-    return device.type == "cpu" and dtype in from_rows(alone=True) and not is_disabled()
-
-
-def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """Return ``linear(x)``, ``[..., K]`` to ``[..., N]``; oneDNN serves a plain ``nn.Linear`` without hooks."""
-    if type(linear) is nn.Linear and type(x) is Tensor and may_serve(x.dtype, x.shape[:-1].numel(), alone=True):
-        weight, bias = linear.weight, linear.bias
-        if (
-            x.shape[-1:] == weight.shape[-1:]
-            and all(each.dtype == x.dtype and each.device == x.device for each in (weight, bias) if each is not None)
-            and serves(x, weight, bias, "none")
-            and hook_reason(linear) is None
-            and not class_is_patched(nn.Linear)
-        ):
-            return linear_act(x, weight, bias, "none")
-    out: Tensor = linear(x)
-    return out
 
 
 @functools.cache

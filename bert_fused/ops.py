@@ -5,13 +5,16 @@ from torch import Tensor
 
 from . import onednn, reference
 from .autograd import check, check_dtypes, launch, operator, record
-from .fallback import HAS_TRITON, device_reason, fallback_reason, is_disabled, is_plain, log_once
+from .fallback import HAS_TRITON, device_reason, fallback_reason, interpreted, is_disabled, is_plain, log_once
 from .reference import NEEDS_PREACT
 
 if HAS_TRITON:
-    from .kernels.plan import key_of, plans
+    from .kernels.plan import keep, key_of, plans
 
 ONEDNN = "oneDNN where no gradient is wanted"  # a path, as reports print it
+
+# Whether a CPU's plan launches a kernel, whose gradients are ours: in the interpreter.
+_CPU_HAS_KERNELS = interpreted()
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -50,9 +53,10 @@ def linear_act(
         )
         save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
         plan = plans.get(key_of(x, weight, bias, activation, save_preact))
-        if plan is not None:  # an equal call has passed the checks below
-            outputs = plan(x, weight, bias)
-            return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
+        if plan is not None and not needs_grad:  # an equal call has passed the checks below
+            return plan(x, weight, bias)[0]
+        if plan is not None and (x.is_cuda or _CPU_HAS_KERNELS):
+            return record(x, weight, bias, activation, plan(x, weight, bias))[0]
     return _new_call(x, weight, bias, activation, recompute_preact)
 
 
@@ -83,12 +87,15 @@ def cls_pool(
     return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
 
 
-def path_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what serves most calls on tensors of this device and dtype: "Triton", "oneDNN", or PyTorch and why."""
+def path_name(device: torch.device, dtype: torch.dtype, *, alone: bool = False) -> str:
+    """Return what serves most calls on tensors of this device and dtype: "Triton", ``ONEDNN``, or PyTorch and why.
+
+    alone: of linear layers without an activation.
+    """
     reason = device_reason(device, dtype)
     if reason is None:
         return "Triton"
-    if device.type == "cpu" and dtype in onednn.from_rows() and not is_disabled():
+    if device.type == "cpu" and dtype in onednn.from_rows(alone=alone) and not is_disabled():
         return ONEDNN
     return f"PyTorch ({reason})"
 
@@ -111,9 +118,9 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
             return reference.linear_act(x, weight, bias, activation)
         if x.is_cuda:
             log_once(reason)
-        if not needs_grad and onednn.serves(x, weight, bias, activation):
-            return onednn.linear_act(x, weight, bias, activation)
-        return reference.linear_act(x, weight, bias, activation)
+        if needs_grad or x.device.type != "cpu":
+            return reference.linear_act(x, weight, bias, activation)
+        return _on_cpu(x, weight, bias, activation)
 
     save_preact = needs_grad and not recompute_preact and activation in NEEDS_PREACT
     if torch.compiler.is_compiling():
@@ -122,6 +129,14 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
         return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
     outputs = launch(x, weight, bias, activation, save_preact)
     return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
+
+
+def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Serve a call that needs no gradient by oneDNN or PyTorch, and keep the choice for equal calls."""
+    product = onednn.linear_act if onednn.serves(x, weight, bias, activation) else reference.linear_act
+    if HAS_TRITON and is_plain(x, weight, bias):
+        keep(key_of(x, weight, bias, activation, False), lambda x, w, b: (product(x, w, b, activation), None))
+    return product(x, weight, bias, activation)
 
 
 def _autocast(

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from ..guards import class_is_patched
-from ..onednn import may_project
-from ..ops import ONEDNN
+from ..ops import ONEDNN, path_name
 from ..unpad.attention import FusedAttention, FusedOutput, FusedSelfAttention
 from ..unpad.heads import is_overridden
 from ..unpad.sites import EncoderSite, encoder_sites, settings
@@ -142,7 +141,7 @@ def _plan_projections(plan: Plan, site: EncoderSite, matched_by_name: set[str]) 
         if target is None or not issubclass(target, (FusedSelfAttention, FusedOutput)):
             continue
         parameter = next(module.parameters(), None)
-        if parameter is None or not may_project(parameter.device, parameter.dtype):
+        if parameter is None or path_name(parameter.device, parameter.dtype, alone=True) != ONEDNN:
             continue
         reasons = [linear_reason(getattr(module, linear, None), linear) for linear in target.linears]
         if is_overridden(module) or class_is_patched(original):

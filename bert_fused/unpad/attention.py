@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from ..guards import arguments, class_is_patched, original_of, signature_of
-from ..onednn import may_serve, project
+from ..guards import arguments, class_is_patched, hook_reason, original_of, signature_of
+from ..onednn import may_serve
+from ..ops import linear_act
 from .packing import Packing
 
 _OUTPUT_PARTS = {"dense", "dropout", "LayerNorm"}
@@ -123,6 +124,19 @@ def _encoder_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> Encode
         if type(arg) is EncoderMask:
             return arg
     return None
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """Return ``linear(x)``, ``[..., K]`` to ``[..., N]``; oneDNN may serve a plain ``nn.Linear`` without hooks."""
+    if (
+        type(linear) is nn.Linear
+        and may_serve(x.dtype, x.shape[:-1].numel(), alone=True)
+        and hook_reason(linear) is None
+        and not class_is_patched(nn.Linear)
+    ):
+        return linear_act(x, linear.weight, linear.bias, "none")
+    out: Tensor = linear(x)
+    return out
 
 
 def heeded(given: Mapping[str, object]) -> list[str]:

@@ -18,6 +18,7 @@ NAMES = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "none")
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A CPU on which oneDNN serves fp32 and bf16 from 8 rows on. Returns the activations it served so far."""
     from bert_fused.hf import checks  # transformers, which few tests of kernels need
+    from bert_fused.kernels.plan import plans
 
     table = {("AuthenticAMD", dtype): 8 for dtype in (torch.float32, torch.bfloat16)}
     monkeypatch.setattr(onednn, "_FROM_ROWS", table)
@@ -26,7 +27,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(onednn, "vendor", lambda: "AuthenticAMD")
     for name in ("fallback_reason", "device_reason"):
         monkeypatch.setattr(ops, name, lambda *_: "cpu is not an NVIDIA GPU")
-    monkeypatch.setattr(checks, "_CPU_HAS_KERNELS", False)
+    for module in (checks, ops):
+        monkeypatch.setattr(module, "_CPU_HAS_KERNELS", False)
+    plans.clear()  # of the interpreter
     served: list[str] = []
     honest = onednn.linear_act
 
@@ -41,5 +44,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             assert onednn._agrees(dtype, activation)
     monkeypatch.setattr(onednn, "linear_act", watch)
     yield served
+    plans.clear()
     onednn.from_rows.cache_clear()
     onednn._agrees.cache_clear()
