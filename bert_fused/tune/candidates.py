@@ -49,7 +49,7 @@ POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
 
 
-# Clocks until a load arrives. From docs/design/kernels.md, not measured.
+# Clocks until a load arrives. Not measured.
 LATENCY = 800
 
 
@@ -60,8 +60,8 @@ class Chip:
     From the data sheet. ghz: boost clock. matrix: 16-bit operations per SM and clock, two for a multiply-add. memory:
     bytes from the device's memory per SM and clock.
     Measured by others. l2: bytes from L2 per SM and clock while all SMs read. sustained: share of the matrix rate that
-    the power limit leaves on random data. mma_sync: share that tiles of less than 64 rows reach. start: clocks from a
-    block's last product to the first one of the block that follows it on its SM.
+    the power limit leaves on random data. start: clocks from a block's epilogue to the first product of the block that
+    follows it on its SM.
     """
 
     sms: int
@@ -70,7 +70,6 @@ class Chip:
     memory: float
     l2: float = 64.0
     sustained: float = 1.0
-    mma_sync: float = 1.0
     start: int = LATENCY
 
 
@@ -81,13 +80,12 @@ class Chip:
 # - sustained: for sm_80 cuBLAS' 258 of 312 TFLOPS at 8192^3 (thonking.ai/p/strangely-matrix-multiplications). For sm_90
 #   its 687 at (65536, 1024, 1024), github.com/facebookexperimental/triton/pull/1065. Cards differ: 584 in their #1038,
 #   798 at 8192^3 in github.com/pranjalssh/fast.cu; the data sheet says 989.
-# - mma_sync, sm_90: hazyresearch.stanford.edu/blog/2024-05-12-tk, as XLA's gpu_dot_fusion_cost_model.cc quotes it.
 # - start, sm_90: fitted to 0.86 of cuBLAS for a warp-specialized kernel with a block per tile, before #1038.
 CHIPS = {
     80: Chip(108, 1.41, 2048, 13.4, l2=35.5, sustained=0.83),
     89: Chip(142, 2.52, 1024, 2.4),
-    90: Chip(132, 1.755, 4096, 14.4, l2=37.0, sustained=0.75, mma_sync=0.63, start=3100),
-    100: Chip(148, 1.85, 8192, 28.0, mma_sync=0.5),
+    90: Chip(132, 1.755, 4096, 14.4, l2=37.0, sustained=0.75, start=3100),
+    100: Chip(148, 1.85, 8192, 28.0),
 }
 # Share of the memory's rate that reads reach: 0.81 (H200) to 0.97 (H100 PCIe) in the same files.
 MEMORY_SHARE = 0.9
@@ -197,7 +195,8 @@ def step_clocks(config: Config, arch: int, cluster: int = 1) -> float:
     """
     chip = chip_of(arch)
     itemsize = _itemsize(config)
-    rate = chip.matrix * (2 / itemsize) * min(chip.sustained, chip.mma_sync if config.block_m < 64 else 1)
+    # mma.sync, which serves tiles below 64 rows, is slower on sm_90, but they wait for L2 all the same.
+    rate = chip.matrix * (2 / itemsize) * chip.sustained
     loaded = (config.block_m + config.block_n) * config.block_k * itemsize
     asked = (config.block_m + config.block_n / cluster) * config.block_k * itemsize
     if arch >= 90 and config.block_m >= 64:  # 64 rows at a time read all of the other operand

@@ -140,9 +140,7 @@ def test_no_lookup_is_behind_the_best_candidate_of_the_model_that_made_the_table
     model: str, dtype: str, arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than a tenth behind. They were made before the model was calibrated, from data sheets."""
-    mma_sync = 0.5 if arch >= 90 else 1.0
-    chip = dataclasses.replace(CHIPS[arch], l2=64.0, sustained=1.0, mma_sync=mma_sync, start=LATENCY)
-    monkeypatch.setitem(CHIPS, arch, chip)
+    monkeypatch.setitem(CHIPS, arch, dataclasses.replace(CHIPS[arch], l2=64.0, sustained=1.0, start=LATENCY))
     monkeypatch.setattr("bert_fused.tune.candidates.MEMORY_SHARE", 1.0)
     assert worst_lookup(model, dtype, arch) < (1.1, "")
 
