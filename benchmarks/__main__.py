@@ -7,6 +7,7 @@ COMMANDS = {
     "run": ("run:main", "ours against every rival on BERT's shapes, interleaved; JSON lines"),
     "report": ("report:main", "a Markdown table and plots of what run wrote, or a comparison of two runs"),
     "sass": ("static.sass:main", "registers, spills, waits and instructions of every configuration; needs no GPU"),
+    "modelled": ("static.modelled:main", "the cycle model's times of sm_90's kernels, cuBLAS and eager; no GPU"),
     "matrix": ("static.versions:matrix", "the same on four Tritons, the oldest to the newest; needs no GPU"),
     "versions": ("static.versions:main", "the tests on other versions of transformers and Triton"),
     "host": ("static.host:main", "what a module call costs the host, ours and eager's; needs no GPU"),

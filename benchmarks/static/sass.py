@@ -23,6 +23,7 @@ from bert_fused.kernels.configs import SHARED_MEMORY, Config
 from bert_fused.kernels.lookup import MAX_M, get_config, load_table, shipped_configs
 from bert_fused.tune.candidates import (
     LATENCY,
+    MEMORY_SHARE,
     Chip,
     candidates,
     chip_of,
@@ -207,7 +208,7 @@ def pass_times(tensors: int, dtype: str, arch: int) -> dict[str, Any]:
     moved = tensors * PASS_ROWS * N * (4 if dtype == "float32" else 2) / (chip.sms * chip.memory)
     return {
         "shape": f"{PASS_ROWS}x{N}",
-        "modelled_us": _microseconds(moved + LATENCY, chip),
+        "modelled_us": _microseconds(moved / MEMORY_SHARE + LATENCY, chip),
         "roofline_us": _microseconds(moved, chip),
     }
 

@@ -49,31 +49,52 @@ POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
 
 
+# Clocks until a load arrives. Not measured.
+LATENCY = 800
+
+
 @dataclass(frozen=True)
 class Chip:
     """A GPU in the cycle model.
 
-    ghz: boost clock. matrix: 16-bit operations per SM and clock, two for a multiply-add. memory: bytes from the
-    device's memory per SM and clock.
+    From the data sheet. ghz: boost clock. matrix: 16-bit operations per SM and clock, two for a multiply-add. memory:
+    bytes from the device's memory per SM and clock.
+    Measured by others. l2: bytes from L2 per SM and clock while all SMs read. sustained: share of the matrix rate that
+    the power limit leaves on random data. start: clocks from a block's epilogue to the first product of the block that
+    follows it on its SM.
     """
 
     sms: int
     ghz: float
     matrix: int
     memory: float
+    l2: float = 64.0
+    sustained: float = 1.0
+    start: int = LATENCY
 
 
-# A100 80 GB, L40S, H100 SXM, B200; any other architecture is modelled as the nearest older one.
+# A100 80 GB, L40S, H100 SXM, B200; any other architecture is modelled as the nearest older one. What has no source here
+# is unmeasured: all of it for sm_89 (gpu-benches' kernel is bound by FP64 there, its issue 7) and sm_100.
+# - l2: github.com/te42kyfo/gpu-benches, gpu-l2-cache/*.txt. A100: 5.4 TB/s. H200, which has the SMs of H100 SXM: 9.8 at
+#   1.98 GHz, 37 bytes. H100 PCIe: 6.9 with 114 SMs at 1.755 GHz, 34 bytes. The kernel of #1065 below needed 34.
+# - sustained: for sm_80 cuBLAS' 258 of 312 TFLOPS at 8192^3 (thonking.ai/p/strangely-matrix-multiplications). For sm_90
+#   its 687 at (65536, 1024, 1024), github.com/facebookexperimental/triton/pull/1065. Cards differ: 584 in their #1038,
+#   798 at 8192^3 in github.com/pranjalssh/fast.cu; the data sheet says 989.
+# - start, sm_90: fitted to 0.86 of cuBLAS for a warp-specialized kernel with a block per tile, before #1038.
 CHIPS = {
-    80: Chip(108, 1.41, 2048, 13.4),
+    80: Chip(108, 1.41, 2048, 13.4, l2=35.5, sustained=0.83),
     89: Chip(142, 2.52, 1024, 2.4),
-    90: Chip(132, 1.755, 4096, 14.4),
+    90: Chip(132, 1.755, 4096, 14.4, l2=37.0, sustained=0.75, start=3100),
     100: Chip(148, 1.85, 8192, 28.0),
 }
-# Bytes per clock from L2 to an SM, and to and from its shared memory; clocks until a load arrives.
-L2_BYTES, SHARED_BYTES, LATENCY = 64, 128, 800
-# Instructions per element after the product, and how many lanes an SM issues per clock.
-EPILOGUE, ISSUE = 12, 128
+# Share of the memory's rate that reads reach: 0.81 (H200) to 0.97 (H100 PCIe) in the same files.
+MEMORY_SHARE = 0.9
+# Bytes per clock to and from an SM's shared memory: 32 banks of 4 (CUDA C++ programming guide).
+SHARED_BYTES = 128
+# Instructions per element after the product, with GELU (compiled: docs/design/kernels.md), and how many lanes an SM
+# issues per clock. STORE of them store, which slices hide behind the next slice's arithmetic: fitted to 0.97 of cuBLAS
+# without slices (#1038) and 0.98 with two (#1065).
+EPILOGUE, STORE, ISSUE = 12.0, 1.2, 128
 
 
 def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
@@ -167,14 +188,17 @@ def resident_blocks(config: Config, arch: int) -> int:
     return max(1, min(by_memory, 65536 // (registers * threads), 16))
 
 
-def step_clocks(config: Config, arch: int) -> float:
-    """Return the modelled clocks of one step of the loop over K: the most of matrix product, L2 and shared memory."""
+def step_clocks(config: Config, arch: int, cluster: int = 1) -> float:
+    """Return the modelled clocks of one step of the loop over K: the most of matrix product, L2 and shared memory.
+
+    cluster: blocks that load one tile of the weight together (multicast), each a part of it.
+    """
     chip = chip_of(arch)
     itemsize = _itemsize(config)
-    rate = chip.matrix * 2 / itemsize
-    if arch >= 90 and config.block_m < 64:
-        rate /= 2
+    # mma.sync, which serves tiles below 64 rows, is slower on sm_90, but they wait for L2 all the same.
+    rate = chip.matrix * (2 / itemsize) * chip.sustained
     loaded = (config.block_m + config.block_n) * config.block_k * itemsize
+    asked = (config.block_m + config.block_n / cluster) * config.block_k * itemsize
     if arch >= 90 and config.block_m >= 64:  # 64 rows at a time read all of the other operand
         readers_m, readers_n = config.block_m // 64, 1
     else:
@@ -183,26 +207,39 @@ def step_clocks(config: Config, arch: int) -> float:
     read = (config.block_m * readers_n + config.block_n * readers_m) * config.block_k * itemsize
     return max(
         2 * config.block_m * config.block_n * config.block_k / rate,
-        loaded / L2_BYTES,
+        asked / chip.l2,
         (loaded + read) / SHARED_BYTES,
     )
 
 
-def modelled_clocks(config: Config, M: int, N: int, K: int, arch: int) -> float:
-    """Return a launch's clocks, modelled by matrix rate, L2, memory, latency and overlap: to rank, not to report."""
+def modelled_clocks(
+    config: Config, M: int, N: int, K: int, arch: int, *, epilogue: float = EPILOGUE, cluster: int = 1
+) -> float:
+    """Return a launch's clocks, modelled by matrix rate, L2, memory, latency and overlap: to rank, not to report.
+
+    epilogue: instructions per element after the product. cluster: as in ``step_clocks``.
+    """
     chip = chip_of(arch)
-    itemsize = _itemsize(config)
     steps = math.ceil(K / config.block_k)
-    step = step_clocks(config, arch)
-    blocks = _tiles(config, M, N)
-    per_sm = math.ceil(blocks / chip.sms)
-    resident = min(per_sm, config.persistent or resident_blocks(config, arch))
-    product = steps * step
-    epilogue = config.block_m * config.block_n * EPILOGUE / ISSUE
-    if resident > 1:  # one block's epilogue hides behind another's product
-        busy = per_sm * max(product, epilogue) + min(product, epilogue)
+    per_sm = math.ceil(_tiles(config, M, N) / chip.sms)
+    specialized = config.kernel == "hopper"
+    resident = 1 if specialized else min(per_sm, config.persistent or resident_blocks(config, arch))
+    product = steps * step_clocks(config, arch, cluster)
+    after = config.block_m * config.block_n * (epilogue - STORE + STORE / config.subtiles) / ISSUE
+    if resident > 1 or _takes_turns(config):  # one tile's epilogue hides behind another's product
+        busy = per_sm * max(product, after) + min(product, after)
     else:
-        busy = per_sm * (product + epilogue) + (per_sm - 1) * LATENCY
+        # A persistent block starts its next tile with a load, unless a warp of its own has loaded ahead.
+        gap = (0 if specialized else LATENCY) if config.persistent else chip.start
+        busy = per_sm * (product + after) + (per_sm - 1) * gap
     waiting = math.ceil(per_sm / resident) * math.ceil(steps / config.num_stages) * LATENCY
-    memory = (M * K + N * K + M * N) * itemsize / (chip.memory * chip.sms)
+    memory = (M * K + N * K + M * N) * _itemsize(config) / (chip.memory * MEMORY_SHARE * chip.sms)
     return max(busy, waiting, memory) + LATENCY
+
+
+def _takes_turns(config: Config) -> bool:
+    """Return whether two warp groups take turns at whole tiles (ping-pong), instead of sharing one (cooperative).
+
+    A warp group can hold a tile of 64x256 by itself, 128 sums a thread.
+    """
+    return config.kernel == "hopper" and config.block_m * config.block_n <= 64 * 256
