@@ -9,7 +9,7 @@ from typing import Any
 from bert_fused.tune.shapes import MODELS
 
 SUITES = ("modules", "pooler", "models", "training")
-RIVALS = ("standard", "max-autotune")
+RIVALS = ("standard", "compilers", "max-autotune")
 
 NAMES = ("BERT-base", "MiniLM", "BERT-large")
 HEADLINE_ROWS = (8192, 512, 2048, 32, 32768)
@@ -40,7 +40,8 @@ class Case:
     "tf32" for float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences
     of a model's batch differ in length. median: of those lengths, as a share of the longest; a record has the fill that
     results. head: the model is a sequence classifier, such as a cross-encoder, and its logits are the output.
-    rivals: "standard", or "max-autotune" for the few cases that can afford to compile it.
+    rivals: "standard"; "compilers" on a CPU, where torch.compile and ONNX Runtime are not among the standard ones; or
+    "max-autotune" for the few cases that can afford to compile it.
     """
 
     suite: str
@@ -66,7 +67,7 @@ def describe(case: dict[str, Any]) -> str:
     shape = f"M={case['M']} K={case['K']} N={case['N']}"
     if case["batch"] is not None:
         shape = f"B={case['batch']} S={case['sequence']}" + (_lengths(case) if case["ragged"] else "")
-    rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
+    rivals = f" ({case['rivals']})" if case["rivals"] == "max-autotune" else ""
     head = " classifier" if case.get("head") else ""
     return f"{case['suite']} {case['model']}{head} {shape} {case['dtype']} {case['activation']}{rivals}"
 
@@ -154,7 +155,11 @@ def _on_cpu(quick: bool) -> Iterator[Case]:
         yield _pooler("MiniLM", 8, 16, "float32")
         yield from (_model("MiniLM", 2, 16, ragged, "float32") for ragged in (False, True))
         yield _module("MiniLM", 32, "float32", suite="training")
-        return
+    else:
+        yield from (dataclasses.replace(case, rivals="compilers") for case in _on_idle_cpu())
+
+
+def _on_idle_cpu() -> Iterator[Case]:
     for dtype, M, model in product(CPU_DTYPES, (1, 8, 32, 128, 512, 2048), ("MiniLM", "BERT-base")):
         yield _module(model, M, dtype)
     for dtype, model, batch in product(CPU_DTYPES, ("MiniLM", "BERT-base"), (8, 32)):

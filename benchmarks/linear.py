@@ -92,7 +92,7 @@ def rivals(case: Case, device: str) -> list[Implementation]:
         Implementation("eager again", each(run(eager))),
         Implementation("F.linear", each(run(linear)), computes="none"),
     ]
-    if not cuda and not training:
+    if case.rivals == "compilers" and not training:
         found += [Implementation(name, _layers(compiler, activation)) for name, compiler in COMPILERS.items()]
     if cuda:
         found.append(Implementation("torch.compile", each(run(torch.compile(eager, dynamic=False)))))

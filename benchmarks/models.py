@@ -127,12 +127,12 @@ def problem(case: Case, device: str) -> Problem:
         Implementation(name, each(build(model)), packs=case.ragged and name in PACKED)
         for name, build in (CLASSIFIERS if case.head else BUILDERS).items()
     ]
-    if device == "cpu":
+    if case.rivals == "compilers":
         wrap = Logits if case.head else Outputs
         found += [Implementation(name, each(compiler(wrap(model)))) for name, compiler in COMPILERS.items()]
-    elif case.head:
+    if device == "cuda" and case.head:
         found += [Implementation(name, each(build(model))) for name, build in COMPILED_CLASSIFIERS.items()]
-    else:
+    elif device == "cuda":
         found += [Implementation(name, graphed(build(model), 2), graphs=True) for name, build in GRAPHED.items()]
         if case.rivals == "max-autotune":
             found += [Implementation(name, each(build(model)), graphs=True) for name, build in TUNED.items()]

@@ -169,7 +169,7 @@ def _label(group: Group) -> str:
     case = case_of(group)
     shape = f"M={case['M']}" if case["batch"] is None else f"B={case['batch']} S={case['sequence']}"
     kind = "" if case["suite"] in ("models", "pooler") else f" {case['activation']}"
-    rivals = "" if case["rivals"] == "standard" else f" ({case['rivals']})"
+    rivals = f" ({case['rivals']})" if case["rivals"] == "max-autotune" else ""
     head = " classifier" if case.get("head") else ""
     return f"{case['model']}{head} {shape}{' ragged' if case['ragged'] else ''} {case['dtype']}{kind}{rivals}"
 

@@ -101,7 +101,7 @@ def _sections(groups: list[Group]) -> Iterator[tuple[str, list[Group]]]:
     for group in groups:
         case = case_of(group)
         direction = ", forward and backward" if case["suite"] == "training" else ""
-        against = "" if case["rivals"] == "standard" else f", {case['rivals']}"
+        against = ", max-autotune" if case["rivals"] == "max-autotune" else ""
         title = f"{case['suite']}, {case['dtype']}, {case['activation']}{direction}{against}"
         sections.setdefault(title, []).append(group)
     yield from sections.items()

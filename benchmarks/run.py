@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu rehearses the run")
-    if min(arguments.rounds or 1, arguments.threads) < 1 or not arguments.budget >= 0:
+    counts = (1 if arguments.rounds is None else arguments.rounds, arguments.threads)
+    if min(counts) < 1 or not arguments.budget >= 0:
         parser.error("--rounds and --threads must be at least 1, and --budget not negative")
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads)
