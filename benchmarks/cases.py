@@ -160,10 +160,6 @@ def _on_cpu(quick: bool) -> Iterator[Case]:
 
 
 def _on_idle_cpu() -> Iterator[Case]:
-    for dtype, M, model in product(CPU_DTYPES, (1, 8, 32, 128, 512, 2048), ("MiniLM", "BERT-base")):
-        yield _module(model, M, dtype)
-    for dtype, model, batch in product(CPU_DTYPES, ("MiniLM", "BERT-base"), (8, 32)):
-        yield _pooler(model, batch, dtype=dtype)
     for dtype, shape in product(CPU_DTYPES, ((8, 128), (1, 16), (1, 128))):
         yield _model("MiniLM", *shape, dtype=dtype)
     for dtype in CPU_DTYPES:
@@ -172,10 +168,16 @@ def _on_idle_cpu() -> Iterator[Case]:
         yield dataclasses.replace(encoder, ragged=False)
         for median in (RAGGED_MEDIAN, *OTHER_MEDIANS, CUT_OFF):
             yield dataclasses.replace(encoder, median=median, head=True)
+    for M, dtype in product((32, 512, 1, 8, 128, 2048), CPU_DTYPES[::-1]):
+        yield _module("MiniLM", M, dtype)
+    for model, dtype in product(("MiniLM", "BERT-base"), CPU_DTYPES[::-1]):
+        yield _pooler(model, 32, dtype=dtype)
+    for M, dtype in product((1, 32, 512), CPU_DTYPES[::-1]):
+        yield _module("BERT-base", M, dtype)
+    for M in (32, 512):
+        yield _module("MiniLM", M, "float32", suite="training")
     for dtype, shape in product(CPU_DTYPES[::-1], ((1, 16), (1, 128), (8, 128))):
         yield _model("BERT-base", *shape, dtype=dtype)
     for dtype, median in product(CPU_DTYPES[::-1], (RAGGED_MEDIAN, *OTHER_MEDIANS)):
         yield dataclasses.replace(_model("BERT-base", 32, 128, True, dtype), median=median)
     yield from (_model("BERT-base", 32, 128, dtype=dtype) for dtype in CPU_DTYPES[::-1])
-    for M in (32, 512):
-        yield _module("MiniLM", M, "float32", suite="training")

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="stop after this long")
-    parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 9 to 200)")
+    parser.add_argument("--rounds", type=int, help="samples of each implementation (default: 30, on a CPU 9 to 100)")
     parser.add_argument(
         "--threads", type=int, default=1, help="on a CPU (default: 1, since threads wait for each other)"
     )
@@ -131,11 +131,11 @@ def _measure(case: Case, arguments: argparse.Namespace, deadline: float) -> list
 
 
 def _rounds(device: str, problem: Problem, roofline: float) -> int:
-    """Return how many rounds to take: on a CPU, whose calls take up to seconds, about a minute's, within bounds."""
+    """Return how many rounds to take: on a CPU, whose calls take up to seconds, about 15 s of them, within bounds."""
     if device == "cuda":
         return 30
     a_round = 2 * roofline * problem.min_calls * len(problem.implementations)
-    return max(9, min(200, round(60e6 / a_round)))
+    return max(9, min(100, round(15e6 / a_round)))
 
 
 def _is_alive(device: str) -> bool:
