@@ -148,7 +148,8 @@ def problem(case: Case, device: str) -> Problem:
         check,
         flops=2.0 * tokens * weights,
         bytes=float(weights * torch_dtype(case).itemsize),
-        min_calls=1,
+        # Many short calls: the first of a sample finds the caches as another implementation left them.
+        min_calls=8 if device == "cpu" and case.M <= 256 else 1,
         fill=tokens / case.M,
     )
 

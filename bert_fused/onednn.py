@@ -25,19 +25,20 @@ _NAMES = {
     "tanh": ("tanh", ""),
     "none": ("none", ""),
 }
-# CPU vendor and dtype -> the fewest rows from which on oneDNN's call was faster than PyTorch's two. What is not here
-# was not faster, or not measured. Eager's time over oneDNN's, one thread, torch 2.13, BERT's layers, November 2026:
-# AMD EPYC (AVX-512): fp32 1.42 to 1.76 at 8 rows and 1.98 to 2.44 from 32 on, since PyTorch's product there is MKL's,
-# 0.8 at 1 row; bf16 1.04 to 1.41. Intel Xeon (AMX): bf16 1.07 to 1.26 with GELU and 1.1 to 2.1 with tanh; fp32 0.5 to
-# 1.14.
+# CPU vendor and dtype -> the fewest rows from which on oneDNN's call was faster than PyTorch's two, by whole models,
+# where every layer's weight comes from memory: a layer alone, called again and again, gains where a model loses. What is
+# not here was not faster, or not measured. Eager's time over oneDNN's, MiniLM on one thread, torch 2.13, November 2026.
+# AMD EPYC (AVX-512): fp32 1.36 at 16 rows, 1.2 to 1.3 from 128 on, since PyTorch's product there is MKL's; bf16 0.9 to
+# 1.05, and 1.36 at 4096. Intel Xeon (AMX): bf16 0.93 at 16 rows, 1.01 at 256, 1.03 at 512, 1.14 at 1024, 1.16 at 2048;
+# fp32 not faster: a layer alone 0.5 to 1.14.
 _FROM_ROWS = {
     ("AuthenticAMD", torch.float32): 8,
-    ("AuthenticAMD", torch.bfloat16): 32,
-    ("GenuineIntel", torch.bfloat16): 8,
+    ("AuthenticAMD", torch.bfloat16): 4096,
+    ("GenuineIntel", torch.bfloat16): 512,
 }
-# The same for a linear layer without an activation. AMD EPYC: fp32 as above, since most of the gain is the product's;
-# bf16 not measured. Intel Xeon: bf16 1.02 to 1.29 from 512 rows on; below 128 it gains less than the checks cost.
-_FROM_ROWS_ALONE = {("AuthenticAMD", torch.float32): 8, ("GenuineIntel", torch.bfloat16): 256}
+# The same for a linear layer without an activation, on top of those with one. AMD EPYC: fp32 1.38 to 2.08 for every
+# layer of MiniLM. Intel Xeon: bf16 0.97 at 256 rows, 0.99 at 512 and 1024, 1.07 at 2048.
+_FROM_ROWS_ALONE = {("AuthenticAMD", torch.float32): 8, ("GenuineIntel", torch.bfloat16): 2048}
 # Largest difference from PyTorch's two calls that is let through, relative to the largest result.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
