@@ -14,7 +14,7 @@ SHARED_BASE, PARAMETER_BASE, PARAMETER_STEP = 1024, 0x50000000, 256
 
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 # What may stand between an operation and its types.
-_MODIFIERS = {"rn", "ftz", "lo", "wide", "full", "approx", "NaN", "to", "global", "shared", "param"}
+_MODIFIERS = {"rn", "ftz", "lo", "hi", "wide", "full", "approx", "NaN", "to", "global", "shared", "param"}
 _MODIFIERS |= {"f32x2", "f16x2", "bf16x2", "lt", "le", "gt", "ge", "eq", "ne", "ltu", "leu", "gtu", "geu", "equ", "neu"}
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _KEEPS_NAN = {"min": "np.minimum", "max": "np.maximum"}
@@ -95,9 +95,12 @@ def _binary(ins: Instruction, value: Value) -> Results:
     sign = _SYMBOLS[op]
     if kind == "f32x2":
         return _one(ins, "b64", f"({_pairs(ins, value, 1)} {sign} {_pairs(ins, value, 2)}).view(uint64)")
-    if "wide" in parts:
-        wide = {"s32": "int64", "u32": "uint64"}[kind]
-        return _one(ins, "b64", f"({value(1, kind)}.astype({wide}) * {value(2, kind)}.astype({wide})).view(uint64)")
+    if "wide" in parts or "hi" in parts:
+        wide, narrow = {"s32": ("int64", "int32"), "u32": ("uint64", "uint32")}[kind]
+        product = f"({value(1, kind)}.astype({wide}) * {value(2, kind)}.astype({wide}))"
+        if "hi" in parts:
+            return _one(ins, kind, f"({product} >> {wide}(32)).astype({narrow})")
+        return _one(ins, "b64", f"{product}.view(uint64)")
     if parts[-2] == "f32":  # sm_100 adds 16-bit numbers to fp32
         read = {"f16": "from_half", "bf16": "from_bf16"}[kind]
         return _one(ins, "f32", f"{read}({value(1, 'b16')}) {sign} {value(2, 'f32')}")

@@ -105,9 +105,9 @@ def _mbarrier(ins: Instruction, reader: "Reader") -> "Effect | None":
                     block.barriers.invalidate(at, warp, ins)
 
         return begin_or_end
-    if ins.parts[1:3] != ["arrive", "expect_tx"]:
+    if what != "arrive" or len(ins.args) != (3 if ins.parts[2] == "expect_tx" else 2):
         return None
-    address, count = reader.address(ins.args[1], wide=False), int(ins.args[2])
+    address, count = reader.address(ins.args[1], wide=False), int((*ins.args, 0)[2])
 
     def expect(block: "Block", mask: Array | None) -> None:
         for warp, at in _acting(block, mask, address):
@@ -251,6 +251,12 @@ def _commit(ins: Instruction, reader: "Reader") -> "Effect | None":
     return commit
 
 
+def _meet(ins: Instruction, reader: "Reader") -> "Effect | None":
+    # A warp's threads are one agent here, so there is nothing more to order.
+    return (lambda block, mask: None) if ins.op == "bar.warp.sync" else None
+
+
 BUILDERS: dict[str, Builder] = {
+    "bar": _meet,
     "cp": _copy, "mbarrier": _mbarrier, "fence": _fence, "wgmma": _wgmma, "tcgen05": _tcgen05,
 }  # fmt: skip

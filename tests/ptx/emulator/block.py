@@ -1,7 +1,8 @@
 """A block of threads that executes a kernel.
 
 As long as all threads are at one instruction, they go on together. After a branch that only some take, each thread has
-its own place, and the lowest goes on first, until all are together again.
+its own place, and the lowest goes on first, until all are together again. With a seed, the place of a warp drawn at
+random goes on first: warps that run apart may meet in any order.
 """
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from .arithmetic import keep
 from .clocks import Clocks
 from .copies import AsyncCopies, BulkCopies, Mbarriers
+from .gates import Barriers, RegisterPool
 from .instructions import Reader
 from .kernel import Kernel, Run
 from .matrices import TensorMemory, Wgmma
@@ -26,9 +28,16 @@ class Block:
     """One block of a launch. Executing it fills ``reports`` and the memory."""
 
     def __init__(
-        self, kernel: Kernel, memory: Memory, arguments: list[int | TensorMap], shared: int, index: int, blocks: int
+        self,
+        kernel: Kernel,
+        memory: Memory,
+        arguments: list[int | TensorMap],
+        shared: int,
+        index: int,
+        blocks: int,
+        seed: int | None = None,
     ) -> None:
-        """shared: bytes of shared memory. index, blocks: in a grid of one dimension."""
+        """shared: bytes of shared memory. index, blocks: in a grid of one dimension. seed: of the warps' order."""
         self.kernel, self.memory, self.arguments = kernel, memory, arguments
         self.code, self.threads = kernel.program.code, kernel.program.threads
         numbers = np.arange(self.threads)
@@ -48,7 +57,10 @@ class Block:
         self.wgmma = Wgmma(self.registers, self.shared, self.clocks, self.reports)
         self.tensor_memory = TensorMemory(self.shared, self.barriers, self.clocks, self.reports)
         self.alive = np.ones(self.threads, bool)
-        self.waiting = np.zeros(self.threads, bool)
+        self.gates = Barriers(self.threads, self.clocks)
+        self.pool = RegisterPool(self.threads // 32, kernel.program.max_registers)
+        self.patient = np.zeros(self.threads // 32, bool)  # warps whose next try_wait does not time out
+        self.random = None if seed is None else np.random.default_rng(seed)
         self.branches = 0
 
     # ------------------------------------------------------------------------------------------- for the instructions
@@ -104,75 +116,98 @@ class Block:
                     return np.where(taken, self._target(ins), at + 1)
             elif ins.parts[0] == "ret":
                 return None
-            elif ins.parts[0] in ("bar", "barrier"):
-                self._check_barrier(ins)
-                self.clocks.join()
+            elif ins.parts[0] in ("bar", "barrier") and len(ins.args) == 1 and _may_wait(ins):
+                self.clocks.join(self.every_warp)
                 at += 1
             elif ins.parts[:2] == ["mbarrier", "try_wait"]:
                 if not self._wait(ins, None):
                     raise ins.error("deadlock: the mbarrier's phase never completes")
                 at += 1
+            elif _may_wait(ins):
+                return np.full(self.threads, at)
             else:
                 self._effect(at, None)
                 at += 1
 
     def _apart(self, places: Array) -> int | None:
-        """Execute while threads are at different instructions; return where they meet, or None at the end."""
+        """Execute while threads are at different instructions or wait; return where they meet, or None at the end."""
+        waiting = self.gates.waiting
         while True:
-            ready = self.alive & ~self.waiting
             if not self.alive.any():
                 return None
-            if not ready.any():
-                raise PTXError(f"deadlock: threads wait at lines {self._lines(places[self.alive])}")
-            # The lowest first; where a group waits for an mbarrier in vain, another goes on.
-            for at in np.unique(places[ready]):
-                acting = ready & (places == at)
-                if self._step(int(at), acting, places):
+            ready = self.alive & (waiting < 0)
+            # Where a group waits for an mbarrier or registers in vain, another goes on.
+            for at in self._next(places, ready):
+                if self._step(int(at), ready & (places == at), places):
                     break
             else:
-                raise PTXError(f"deadlock: mbarriers never complete at lines {self._lines(places[ready])}")
-            if self.waiting.any() and (self.waiting == self.alive).all():
-                self.clocks.join()
-                places[self.waiting] += 1
-                self.waiting[:] = False
-            if self.alive.all() and not self.waiting.any() and (places == places[0]).all():
+                raise PTXError(f"deadlock: threads wait at lines {self._lines(places[self.alive])}")
+            released = self.gates.released(self.alive)
+            if released is not None:
+                places[released] += 1
+            if self.alive.all() and waiting.max() < 0 and (places == places[0]).all():
                 return int(places[0])
+
+    def _next(self, places: Array, ready: Array) -> Array:
+        """Return the places to go on from, in the order to try them."""
+        if self.random is None:
+            return np.unique(places[ready])
+        far = len(self.code)
+        lowest = np.where(ready, places, far).reshape(-1, 32).min(1)  # of each warp, so that its threads meet again
+        return self.random.permutation(np.unique(lowest[lowest < far]))
 
     def _lines(self, places: Array) -> list[int]:
         return sorted({self.code[at].line for at in places})
 
     def _step(self, at: int, acting: Array, places: Array) -> bool:
         """Execute one instruction for some threads and move their places on; return False where they must wait."""
+        run = self.kernel.runs.get(at)
+        if run is not None:
+            self._arithmetic(run, at, acting)
+            places[acting] = run.stop
+            return True
         ins = self.code[at]
-        places[acting] = at + 1
-        if ins.parts[0] == "bra":
+        kind = ins.parts[0]
+        if kind == "bra":
             taken = self._guard(ins, acting)
+            places[acting] = at + 1
             places[acting if taken is None else taken] = self._target(ins)
-        elif ins.parts[0] == "ret":
+        elif kind == "brx":
+            places[acting] = self._table(ins)[acting]
+        elif kind == "ret":
             self.alive &= ~acting
-        elif ins.parts[0] in ("bar", "barrier"):
-            self._check_barrier(ins)
-            if ins.converged and (acting.reshape(-1, 32).any(1) != acting.reshape(-1, 32).all(1)).any():
-                self.reports.add("divergence", ins, "a warp's threads are apart")
-            places[acting] = at
-            self.waiting |= acting
+        elif kind in ("bar", "barrier") and _may_wait(ins):
+            self._check_converged(ins, acting)
+            self.gates.wait(ins, acting)
+        elif kind == "setmaxnreg":
+            if not self.pool.set(ins, self.warps(acting)):
+                return False
+            places[acting] = at + 1
         elif ins.parts[:2] == ["mbarrier", "try_wait"]:
             if not self._wait(ins, acting):
-                places[acting] = at
                 return False
+            places[acting] = at + 1
         else:
             self._effect(at, acting)
+            places[acting] = at + 1
         return True
+
+    def _table(self, ins: Instruction) -> Array:
+        """Return where ``brx.idx`` sends each thread."""
+        program = self.kernel.program
+        targets = np.array([program.labels[label] for label in program.tables[ins.args[1]]])
+        return targets[Reader(ins, self.kernel.operands).get(ins.args[0], "u32")(self) % len(targets)]
+
+    def _check_converged(self, ins: Instruction, acting: Array) -> None:
+        warps = acting.reshape(-1, 32)
+        if ins.converged and (warps.any(1) != warps.all(1)).any():
+            self.reports.add("divergence", ins, "a warp's threads are apart")
 
     def _target(self, ins: Instruction) -> int:
         self.branches += 1
         if self.branches > MAX_BRANCHES:
             raise ins.error("the program does not end")
         return self.kernel.program.labels[ins.args[0]]
-
-    def _check_barrier(self, ins: Instruction) -> None:
-        if ins.op not in ("bar.sync", "barrier.sync") or ins.args != ["0"]:
-            raise ins.error(f"{ins.op} is not emulated for other barriers than 0 and for a part of the block")
 
     def _guard(self, ins: Instruction, mask: Array | None) -> Array | None:
         """Return which of the threads execute an instruction; None for all of the block."""
@@ -191,19 +226,26 @@ class Block:
         addresses, parities = self.pick(mask, address, parity)
         if (addresses != addresses[0]).any() or (parities != parities[0]).any():
             raise ins.error("threads wait for different phases")
-        done = self.barriers.wait(int(addresses[0]), int(parities[0]), self.warps(mask), ins)
-        if done:
-            self.put(self.kernel.operands.number(ins.args[0]), np.ones(self.threads, bool), mask)
-        return done
+        warps = self.warps(mask)
+        done = self.barriers.wait(int(addresses[0]), int(parities[0]), warps, ins)
+        if not done and self.patient[warps].all():
+            return False
+        # An instruction that waits in vain times out once, so that a program must ask again.
+        self.patient[warps] = not done
+        self.put(self.kernel.operands.number(ins.args[0]), np.full(self.threads, done), mask)
+        return True
 
-    def _arithmetic(self, run: Run, at: int) -> None:
+    def _arithmetic(self, run: Run, at: int, mask: Array | None = None) -> None:
         if self.wgmma.pending or self.tensor_memory.loading:
             for ins in self.code[at : run.stop]:
                 self._check_registers(ins)
         if self.kernel.uses_wgmma:
             self.wgmma.unfenced |= run.written
         try:
-            run.function(self, self.registers)
+            if mask is None:
+                run.function(self, self.registers)
+            else:
+                self.kernel.masked(at)(self, self.registers, mask)
         except ZeroDivisionError:
             raise self.code[at].error("division by zero, here or soon after") from None
         except Exception as error:
@@ -225,9 +267,7 @@ class Block:
         if mask is not None:
             if not mask.any():
                 return
-            warps = mask.reshape(-1, 32)
-            if ins.converged and (warps.any(1) != warps.all(1)).any():
-                self.reports.add("divergence", ins, "a warp's threads are apart")
+            self._check_converged(ins, mask)
             if mask.all():
                 mask = None
         try:
@@ -265,3 +305,11 @@ class Block:
             self.reports.add("exit", last, "bulk loads or products unfinished at the end")
         if self.tensor_memory.columns:
             self.reports.add("exit", last, "tensor memory not released")
+
+
+def _may_wait(ins: Instruction) -> bool:
+    """Tell whether an instruction may make threads wait, or send them apart by a table."""
+    kind, second = (*ins.parts, "")[:2]
+    if kind in ("bar", "barrier"):
+        return second != "warp"
+    return kind in ("brx", "setmaxnreg") or (kind == "mbarrier" and second == "try_wait")

@@ -29,11 +29,11 @@ class Clocks:
         """Return the clock of the work that each of these warps does now."""
         return self.seen[warps, warps]
 
-    def join(self) -> None:
-        """All warps have met at a barrier."""
-        self.seen[:] = self.seen.max(0)
-        self.fenced[:] = self.fenced.max(0)
-        self.tick(np.arange(self.warps))
+    def join(self, warps: Array) -> None:
+        """These warps have met at a barrier."""
+        self.seen[warps] = self.seen[warps].max(0)
+        self.fenced[warps] = self.fenced[warps].max(0)
+        self.tick(warps)
 
     def tick(self, warps: Array) -> None:
         """Later work of these warps is not yet seen by whoever saw the earlier."""
@@ -44,9 +44,14 @@ class Clocks:
         self.fenced[warps] = np.maximum(self.fenced[warps], self.seen[warps])
         self.tick(warps)
 
+    def of(self, warp: int) -> Array:
+        """Return what a warp passes on when it arrives somewhere, ``[2, agents]``: what it has seen, and fenced."""
+        return np.stack((self.seen[warp], self.fenced[warp]))
+
     def learn(self, warps: Array, clocks: Array) -> None:
-        """These warps have seen all that ``clocks [agents]`` have."""
-        self.seen[warps] = np.maximum(self.seen[warps], clocks)
+        """These warps have seen all that ``clocks [2, agents]`` have, and what was fenced there is fenced here."""
+        self.seen[warps] = np.maximum(self.seen[warps], clocks[0])
+        self.fenced[warps] = np.maximum(self.fenced[warps], clocks[1])
 
     def has_seen(self, warps: Array, agents: Array, clocks: Array, *, by_proxy: bool) -> Array:
         """Tell whether warps ``[n, 1]`` have seen work of agents ``[n, k]`` at clocks ``[n, k]``.

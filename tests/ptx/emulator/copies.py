@@ -89,8 +89,8 @@ class AsyncCopies:
 class Mbarrier:
     """count: arrivals that complete a phase; left, bytes: those it still waits for. agent: of its bulk loads.
 
-    arriving: work that arrives when the phase is waited for. arrived: the clocks of who arrived, and at the end of the
-    last phase.
+    arriving: work that arrives when the phase is waited for. arrived: the clocks ``[2, agents]`` of who arrived;
+    completed: the same at the end of the last phase.
     """
 
     count: int
@@ -120,7 +120,7 @@ class Mbarriers:
             raise ins.error("too many mbarriers")
         self.shared.check(np.array([address]), 8, ins, "mbarrier")
         self.shared.note_write(self._units(address), np.array([warp]), ins)
-        agent, nothing = self.clocks.mbarriers + self.made, np.zeros(self.clocks.agents, np.int64)
+        agent, nothing = self.clocks.mbarriers + self.made, np.zeros((2, self.clocks.agents), np.int64)
         self.at[address] = Mbarrier(count, agent, nothing.copy(), nothing)
         self.made += 1
 
@@ -139,10 +139,10 @@ class Mbarriers:
         del self.at[address]
 
     def expect(self, address: int, count: int, warp: int, ins: Instruction) -> None:
-        """Arrive, and expect ``count`` bytes in this phase."""
+        """Arrive, and expect ``count`` bytes more in this phase."""
         barrier = self.get(address, warp, ins)
         barrier.bytes += count
-        self.arrive(barrier, self.clocks.seen[warp], ins)
+        self.arrive(barrier, self.clocks.of(warp), ins)
         self.clocks.tick(np.array([warp]))
 
     def arrive(self, barrier: Mbarrier, clocks: Array, ins: Instruction) -> None:
@@ -151,6 +151,16 @@ class Mbarriers:
             return
         barrier.left -= 1
         barrier.arrived = np.maximum(barrier.arrived, clocks)
+        self._end_phase(barrier)
+
+    def _end_phase(self, barrier: Mbarrier) -> None:
+        """Begin the next phase if all of this one's arrivals and bytes are there."""
+        if barrier.arriving or barrier.left or barrier.bytes:
+            return
+        barrier.phase += 1
+        barrier.left = barrier.count
+        barrier.arrived[:, barrier.agent] = barrier.phase
+        barrier.completed = barrier.arrived.copy()
 
     def wait(self, address: int, parity: int, warps: Array, ins: Instruction) -> bool:
         """Tell whether the phase of this parity is complete; then the warps have seen what arrived."""
@@ -160,11 +170,7 @@ class Mbarriers:
             for work in barrier.arriving:
                 work()
             barrier.arriving = []
-            if barrier.left == 0 and barrier.bytes == 0:
-                barrier.phase += 1
-                barrier.left = barrier.count
-                barrier.arrived[barrier.agent] = barrier.phase
-                barrier.completed = barrier.arrived.copy()
+            self._end_phase(barrier)
         if barrier.phase & 1 == parity:
             return False
         self.clocks.learn(warps, barrier.completed)

@@ -109,8 +109,9 @@ def _load(ins: Instruction, reader: Reader) -> Effect | None:
     targets, size, is_global = reader.numbers(ins.args[0]), SIZES[kind], space == "global"
     address = reader.address(ins.args[1], wide=is_global)
     own = [reader.operands.program.registers[name][0] for name in names(ins.args[0])]
-    if any(SIZES[each] != size for each in own):
-        return None  # would be extended to the register's width
+    extended = any(SIZES[each] != size for each in own)
+    if extended and kind not in ("b8", "u8"):
+        return None
 
     def load(block: "Block", mask: Array | None) -> None:
         addresses, warps = block.pick(mask, address(block), block.warp)
@@ -119,6 +120,7 @@ def _load(ins: Instruction, reader: Reader) -> Effect | None:
             values = block.memory.load(places, size, len(targets), ins, block.reports)
         else:
             values = block.shared.load(addresses, size, len(targets), warps, ins)
+        values = values.astype(NAMES[own[0]]) if extended else values
         for target, column in zip(targets, values.T, strict=True):
             block.put(target, column, mask, picked=True)
 
@@ -192,12 +194,11 @@ def _load_matrix(ins: Instruction, reader: Reader) -> Effect | None:
     places = [_matrix_places(address, i, "trans" in ins.parts) for i in range(len(targets))]
 
     def load(block: "Block", mask: Array | None) -> None:
-        if mask is not None:
-            raise ins.error("only a part of the block")
         for target, (addresses, size) in zip(targets, places, strict=True):
-            warps = np.repeat(block.warp, 4 // size)
-            values = block.shared.load(addresses(block), size, 1, warps, ins)
-            block.put(target, np.ascontiguousarray(values[:, 0]).view(np.uint32), None)
+            acting = None if mask is None else np.repeat(mask, 4 // size)
+            at, warps = block.pick(acting, addresses(block), np.repeat(block.warp, 4 // size))
+            values = block.shared.load(at, size, 1, warps, ins)
+            block.put(target, np.ascontiguousarray(values[:, 0]).view(np.uint32), mask, picked=True)
 
     return load
 
@@ -209,11 +210,11 @@ def _store_matrix(ins: Instruction, reader: Reader) -> Effect | None:
     places = [_matrix_places(address, i, "trans" in ins.parts) for i in range(len(sources))]
 
     def store(block: "Block", mask: Array | None) -> None:
-        if mask is not None:
-            raise ins.error("only a part of the block")
         for source, (addresses, size) in zip(sources, places, strict=True):
-            values = block.registers[source].view(f"u{size}")[:, None]
-            block.shared.store(addresses(block), size, values, np.repeat(block.warp, 4 // size), ins)
+            acting = None if mask is None else np.repeat(mask, 4 // size)
+            values, warps = block.registers[source].view(f"u{size}"), np.repeat(block.warp, 4 // size)
+            values, at, warps = block.pick(acting, values, addresses(block), warps)
+            block.shared.store(at, size, values[:, None], warps, ins)
 
     return store
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .block import Block
 
 # Instructions that decide where to go on; ``Block`` knows them by name.
-_CONTROL = ("bra", "ret", "bar", "barrier")
+_CONTROL = ("bra", "brx", "ret", "bar", "barrier", "setmaxnreg")
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Kernel:
     operands: Operands
     runs: dict[int, Run] = field(default_factory=dict)
     effects: dict[int, Effect] = field(default_factory=dict)
+    masked_runs: dict[int, Callable[..., None]] = field(default_factory=dict)
     uses_wgmma: bool = False
 
     @classmethod
@@ -62,6 +63,15 @@ class Kernel:
             registers = frozenset().union(*(ins.registers for ins in self.program.code[start:stop]))
             self.runs[start] = Run(source.compile(), stop, registers, frozenset(source.written))
 
+    def masked(self, start: int) -> Callable[..., None]:
+        """Return the function of a run for a part of the threads; translated when it is first asked for."""
+        if start not in self.masked_runs:
+            source = Source(self.operands, masked=True)
+            for ins in self.program.code[start : self.runs[start].stop]:
+                source.add(results(ins, self.operands) or [])
+            self.masked_runs[start] = source.compile()
+        return self.masked_runs[start]
+
     def effect(self, index: int) -> Effect:
         """Return what one instruction does; an arithmetic one is translated when it is first asked for."""
         if index not in self.effects:
@@ -78,7 +88,7 @@ class Kernel:
 
 
 def _is_control(ins: Instruction) -> bool:
-    if ins.parts[0] not in _CONTROL and ins.parts[:2] != ["mbarrier", "try_wait"]:
+    if ins.parts[0] not in _CONTROL and ins.parts[:2] != ["mbarrier", "try_wait"] or ins.parts[:2] == ["bar", "warp"]:
         return False
     if ins.guard is not None and ins.parts[0] != "bra":
         raise ins.error(f"a guard of {ins.op} is not emulated")

@@ -258,8 +258,8 @@ class TensorMemory:
         """Arrive at an mbarrier when all products so far are finished."""
         barrier = self.barriers.get(barrier_at, warp, ins)
         self.commits += 1
-        clocks, works = self.clocks.seen[warp].copy(), list(self.queue)
-        clocks[self.clocks.tensor_core] = self.commits
+        clocks, works = self.clocks.of(warp), list(self.queue)
+        clocks[:, self.clocks.tensor_core] = self.commits
 
         def arrive() -> None:
             for work in works:

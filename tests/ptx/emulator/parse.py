@@ -58,12 +58,17 @@ class Parameter:
 
 @dataclass
 class Program:
-    """A kernel's code. registers: name -> (PTX type, number). labels: name -> the index of an instruction."""
+    """A kernel's code. registers: name -> (PTX type, number). labels: name -> the index of an instruction.
+
+    max_registers: of each thread at the start, 0 if not given. tables: name -> the labels that ``brx.idx`` chooses from.
+    """
 
     parameters: list[Parameter]
     threads: int
+    max_registers: int = 0
     registers: dict[str, tuple[str, int]] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
 
 
@@ -85,9 +90,14 @@ def parse(text: str) -> Program:
         Parameter(name, int(count) if count else int(kind[1:]) // 8)
         for kind, name, count in _PARAMETER.findall(head[1])
     ]
-    program = Program(parameters, int(threads[1]))
-    _Body(program).read(text, head.end())
+    limit = re.search(r"\.maxnreg\s+(\d+)", text)
+    program = Program(parameters, int(threads[1]), int(limit[1]) if limit else 0)
+    _Body(program).read(re.sub(r"\.branchtargets[^;]*;", _on_one_line, text), head.end())
     return program
+
+
+def _on_one_line(table: re.Match[str]) -> str:
+    return " ".join(table[0].split()) + table[0].count("\n") * "\n"
 
 
 class _Body:
@@ -116,8 +126,11 @@ class _Body:
     def _statements(self, line: str, number: int) -> None:
         label = re.match(r"([$\w]+):(?!:)\s*", line)
         if label:
-            self.program.labels[self._scoped(label[1])] = len(self.program.code)
-            line = line[label.end() :]
+            name, line = self._scoped(label[1]), line[label.end() :]
+            if line.startswith(".branchtargets"):
+                self.program.tables[name] = line.removeprefix(".branchtargets").strip(" ;").replace(" ", "").split(",")
+            else:
+                self.program.labels[name] = len(self.program.code)
         for statement in filter(None, map(str.strip, line.split(";"))):
             if statement.startswith(".reg"):
                 self._declare(statement)

@@ -1,0 +1,59 @@
+"""What makes threads of a block wait for each other: the sixteen barriers, and the pool of registers."""
+
+import numpy as np
+
+from .clocks import Clocks
+from .numbers import Array
+from .parse import Instruction
+
+
+class Barriers:
+    """waiting: the barrier that each thread waits at, or -1."""
+
+    def __init__(self, threads: int, clocks: Clocks) -> None:
+        self.clocks = clocks
+        self.waiting = np.full(threads, -1)
+        self.wanted: dict[int, int] = {}  # how many threads a barrier waits for, 0 for all that have not returned
+
+    def wait(self, ins: Instruction, acting: Array) -> None:
+        if ins.op not in ("bar.sync", "barrier.sync"):
+            raise ins.error(f"{ins.op} is not emulated")
+        number, wanted = (int(arg) for arg in (*ins.args, "0")[:2])
+        if wanted % 32 or self.wanted.get(number, wanted) != wanted:
+            raise ins.error("a barrier that does not wait for whole warps, or not for as many as before")
+        self.wanted[number] = wanted
+        self.waiting[acting] = number
+
+    def released(self, alive: Array) -> Array | None:
+        """Let the threads of one barrier go that all have reached; return which, or None."""
+        for number, wanted in self.wanted.items():
+            there = self.waiting == number
+            if there.any() and ((there == alive).all() if not wanted else there.sum() >= wanted):
+                self.waiting[there] = -1
+                self.clocks.join(np.flatnonzero(there.reshape(-1, 32).any(1)))
+                del self.wanted[number]
+                return there
+        return None
+
+
+class RegisterPool:
+    """Registers per thread of each warp, as ``setmaxnreg`` gives them back and asks for more.
+
+    PTX has four warps do it together. Triton's producer is one of four whose code parts before, so each counts alone.
+    """
+
+    def __init__(self, warps: int, per_thread: int) -> None:
+        self.held = np.full(warps, per_thread)
+        self.total = int(self.held.sum())
+
+    def set(self, ins: Instruction, warps: Array) -> bool:
+        """Return False where warps must wait until others have given back enough."""
+        wanted, more = int(ins.args[0]), ins.parts[1] == "inc"
+        if wanted % 8 or not 24 <= wanted <= 256:
+            raise ins.error("not 24 to 256 registers in steps of 8")
+        if ((self.held[warps] > wanted) if more else (self.held[warps] < wanted)).any():
+            raise ins.error(f"a thread has {self.held[warps]}")
+        if self.held.sum() - self.held[warps].sum() + wanted * len(warps) > self.total:
+            return False
+        self.held[warps] = wanted
+        return True
