@@ -16,10 +16,12 @@ class Config:
     """One way to compute ``act(x @ W.T + b)``.
 
     kernel: "pointer" and "tma" are one Triton launch that loads its tiles through pointers or through Hopper's tensor
-    memory accelerator; "library" is cuBLAS (bias in its epilogue) and one activation pass.
+    memory accelerator; "hopper" is one of sm_90's own, with warps that only load; "library" is cuBLAS (bias in its
+    epilogue) and one activation pass.
     dtype: "float16", "bfloat16", "float32" (IEEE products) or "tf32" (fp32 tensors, TF32 products).
     The rest describes a Triton kernel's tile and is left out for "library".
-    persistent: blocks per SM, each of which computes tile after tile; 0 launches a block per tile.
+    num_warps: those that multiply. persistent: blocks per SM, each of which computes tile after tile; 0 launches a
+    block per tile.
     subtiles: column slices in which a persistent block stores its tile: smaller buffers, more blocks per SM.
 
     Raises ValueError for a combination that no kernel supports.
@@ -41,6 +43,14 @@ class Config:
         if reason is not None:
             raise ValueError(f"{self}: {reason}")
 
+    @property
+    def consumers(self) -> int:
+        """How many groups of warps of the kernel "hopper" compute tiles of their own; those of a large tile share it.
+
+        Four warps hold the sums of 64x256 elements, 128 a thread.
+        """
+        return 2 if self.block_m * self.block_n <= 64 * 256 else 1
+
     def __str__(self) -> str:
         if self.kernel == "library":
             return "cuBLAS + activation pass"
@@ -57,7 +67,12 @@ class Config:
 def invalid_reason(config: Config) -> str | None:
     """Return why no kernel supports this combination, or None. ``unlaunchable`` tells whether it fits a chip."""
     c = config
-    if c.kernel not in ("pointer", "tma", "library") or c.dtype not in ("float16", "bfloat16", "float32", "tf32"):
+    if c.kernel not in ("pointer", "tma", "hopper", "library") or c.dtype not in (
+        "float16",
+        "bfloat16",
+        "float32",
+        "tf32",
+    ):
         return "unknown kernel or dtype"
     if c.kernel == "library":
         return None if dataclasses.astuple(c)[2:] == _UNTILED else "cuBLAS chooses its own tiles"
@@ -66,8 +81,12 @@ def invalid_reason(config: Config) -> str | None:
         return "blocks, warps and subtiles must be powers of two"
     if min(c.num_stages, c.group_m) < 1 or c.persistent < 0:
         return "stages and groups start at 1"
-    if c.persistent and c.kernel != "tma":
-        return "only the TMA kernel is persistent"
+    if c.persistent and c.kernel == "pointer":
+        return "the pointer kernel is not persistent"
+    if c.kernel == "hopper" and ("16" not in c.dtype or (c.persistent, c.num_warps) != (1, 8)):
+        return "the Hopper kernel is for 16 bits, with one block per SM and 8 warps"
+    if c.kernel == "hopper" and (c.block_m < 128 // c.consumers or c.block_m * c.block_n > 128 * 256):
+        return "a warp of the Hopper kernel takes 16 rows at least, and 128 sums a thread at most"
     if not c.persistent and c.subtiles > 1:
         return "only a persistent kernel has subtiles"
     if c.block_n // c.subtiles < 16:
@@ -110,6 +129,8 @@ def unlaunchable(config: Config, arch: int) -> str | None:
         return None
     if config.kernel == "tma" and arch not in TMA_ARCHS:
         return f"sm_{arch} has no tensor memory accelerator"
+    if config.kernel == "hopper" and arch != 90:
+        return f"sm_{arch} is not sm_90"
     blocks = (config.block_m, config.block_n, config.block_k)
     if min(blocks) < 16 or max(blocks) > 256 or max(config.num_warps, config.persistent) > 16:
         return "blocks are 16 to 256, warps and blocks per SM at most 16"

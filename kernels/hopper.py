@@ -8,6 +8,8 @@ One group of consumers with 8 warps shares each tile (cooperative): the producer
 groups of 4 warps each take every other tile (ping-pong): one multiplies while the other is in its epilogue.
 """
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,6 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .activations import apply_activation
+from .configs import Config
+
+# Triton 3.9 renamed both.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store_to = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Registers of a producer's thread; the consumers get what is left of an SM's.
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -53,8 +60,8 @@ def _produce(x_desc, w_desc, xs, ws, ready, empty, M, N, K, GROUP_M: gl.constexp
             # Parity 1 of a fresh barrier counts as past, so the first round waits for nobody.
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready.index(stage), x_desc.block_type.nbytes + w_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(x_desc, [start_m, k], ready.index(stage), xs.index(stage))
-            tma.async_copy_global_to_shared(w_desc, [start_n, k], ready.index(stage), ws.index(stage))
+            _load(x_desc, [start_m, k], ready.index(stage), xs.index(stage))
+            _load(w_desc, [start_n, k], ready.index(stage), ws.index(stage))
             step += 1
 
 
@@ -134,7 +141,7 @@ def _copy(value, buffer, desc, start_m, start_n):
     tma.store_wait(0)  # the copy before has read the buffer
     buffer.store(value)
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [start_m, start_n], buffer)
+    _store_to(desc, [start_m, start_n], buffer)
 
 
 @gluon.jit
@@ -186,3 +193,23 @@ def linear_act_hopper_kernel(
             )),
             (_produce, (x_desc, w_desc, xs, ws, ready, empty, M, N, K, GROUP_M)),
         ], [4, 1], [240, PRODUCER_REGISTERS])  # fmt: skip
+
+
+def constants_of(config: Config, activation: str, has_bias: bool, save_preact: bool) -> dict[str, Any]:
+    """Return the kernel's constexprs, then Triton's options."""
+    return {
+        "ACTIVATION": activation,
+        "HAS_BIAS": has_bias,
+        "SAVE_PREACT": save_preact,
+        "STAGES": config.num_stages,
+        "GROUP_M": config.group_m,
+        "SUBTILES": config.subtiles,
+        "GROUPS": config.consumers,
+        "num_warps": config.num_warps // config.consumers,
+        "enable_fp_fusion": True,
+    }
+
+
+def layout_of(dtype: str, block_shape: list[int]) -> Any:
+    """Return how shared memory holds a block that TMA loads or stores."""
+    return gl.NVMMASharedLayout.get_default_for(block_shape, getattr(gl, dtype))

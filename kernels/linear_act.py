@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
 from .activations import apply_activation
 from .configs import Config
 from .elementwise import library_plan
@@ -221,6 +222,24 @@ def _launch_of(
     num_blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if config.persistent:
         num_blocks = min(num_blocks, config.persistent * num_sms(rows.device))
+    matrices = None
+    if config.kernel in ("tma", "hopper"):
+
+        def matrix(shape: list[int], strides: tuple[int, ...], *block_shape: int) -> Matrix:
+            layout = hopper.layout_of(config.dtype, [*block_shape]) if config.kernel == "hopper" else None
+            return Matrix(shape, [*strides], [*block_shape], layout)
+
+        out_matrix = matrix([M, N], (N, 1), config.block_m, config.block_n // config.subtiles)
+        matrices = (
+            matrix([M, K], rows.stride(), config.block_m, config.block_k),
+            matrix([N, K], weight.stride(), config.block_n, config.block_k),
+            None,
+            out_matrix,
+            out_matrix,
+        )
+    if config.kernel == "hopper":
+        constants = hopper.constants_of(config, activation, bias is not None, save_preact)
+        return Launch(hopper.linear_act_hopper_kernel, num_blocks, (M, N, K), constants, matrices)
     constants = {
         "ACTIVATION": activation,
         "HAS_BIAS": bias is not None,
@@ -238,12 +257,6 @@ def _launch_of(
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }
-    matrices = None
-    if config.kernel == "tma":
-        x_matrix = Matrix([M, K], [*rows.stride()], [config.block_m, config.block_k])
-        w_matrix = Matrix([N, K], [*weight.stride()], [config.block_n, config.block_k])
-        out_matrix = Matrix([M, N], [N, 1], [config.block_m, config.block_n // config.subtiles])
-        matrices = (x_matrix, w_matrix, None, out_matrix, out_matrix)
     numbers = (M, N, K, *rows.stride(), *weight.stride())
     return Launch(linear_act_fwd_kernel, num_blocks, numbers, constants, matrices)
 

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .runtime import INTERPRETED, on_device
@@ -38,6 +39,7 @@ current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStr
 Outputs = tuple[Tensor, Tensor | None]
 Plan = Callable[..., Outputs]
 Encoder = Callable[[int], tuple[Any, ...]]
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 _fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 
@@ -95,11 +97,21 @@ def keep(key: tuple[Any, ...] | None, plan: Plan) -> None:
 
 
 class Matrix(NamedTuple):
-    """How a kernel's tensor descriptor reads a tensor: as ``shape`` with ``strides``, in tiles of ``block_shape``."""
+    """How a kernel's tensor descriptor reads a tensor: as ``shape`` with ``strides``, in tiles of ``block_shape``.
+
+    layout: of a tile in shared memory, for a kernel in Gluon.
+    """
 
     shape: list[int]
     strides: list[int]
     block_shape: list[int]
+    layout: Any = None
+
+    def describe(self, tensor: Any) -> Any:
+        parts = self.shape, self.strides, self.block_shape
+        if self.layout is None:
+            return TensorDescriptor(tensor, *parts)
+        return GluonDescriptor(tensor, *parts, self.layout)
 
 
 class Compiled(NamedTuple):
@@ -178,7 +190,7 @@ class Launch:
     def _described(self, tensors: tuple[Any, ...]) -> list[Any]:
         """Return the kernel's first arguments: the tensors, or descriptors of them."""
         return [
-            tensor if tensor is None or matrix is None else TensorDescriptor(tensor, *matrix)
+            tensor if tensor is None or matrix is None else matrix.describe(tensor)
             for tensor, matrix in zip(tensors, self.matrices or len(tensors) * (None,), strict=True)
         ]
 
@@ -195,7 +207,7 @@ class Launch:
         encoders: list[Encoder | None] = []
         if self.matrices is not None:
             metadata = iter(handle.metadata.tensordesc_meta or ())
-            encoders = [_encoder_of(arg, next(metadata)) if type(arg) is TensorDescriptor else None for arg in args]
+            encoders = [_encoder_of(arg, next(metadata)) if isinstance(arg, DESCRIPTORS) else None for arg in args]
         # The launcher reads no constexpr, but counts them.
         rest = (*self.numbers, *self.constants.values())[: len(self.kernel.arg_names) - len(tensors)]
         device = tensors[0].get_device()
@@ -255,7 +267,7 @@ def _encoded_at(encode: Encoder, address: int) -> tuple[Any, ...]:
     return encode(address)
 
 
-def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
+def _encoder_of(descriptor: Any, metadata: Any) -> Encoder:
     """Return a function from a tensor's address to the launcher's arguments for a descriptor of it."""
     template = copy.copy(descriptor)
     template.base = None  # keeps no tensor alive
@@ -268,7 +280,7 @@ def _encoder_of(descriptor: TensorDescriptor, metadata: Any) -> Encoder:
     return encode
 
 
-def _encode(descriptor: TensorDescriptor, metadata: Any) -> tuple[Any, ...]:
+def _encode(descriptor: Any, metadata: Any) -> tuple[Any, ...]:
     encode = triton.backends.nvidia.driver.make_tensordesc_arg
     more = (None,) * (encode.__code__.co_argcount - 2)  # Triton 3.9 passes on arguments that it does not read
     try:

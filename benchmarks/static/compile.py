@@ -9,8 +9,9 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from bert_fused.kernels import elementwise, linear_act
+from bert_fused.kernels import elementwise, hopper, linear_act
 from bert_fused.kernels.configs import Config
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
@@ -42,7 +43,24 @@ def compile_linear(
     even_k: K is a multiple of the tile, as BERT's are. rows: one of ``ROWS``, which stands for all numbers of rows that
     Triton specialises alike.
     """
-    tma = config.kernel == "tma"
+    tiles = {
+        "x": [config.block_m, config.block_k],
+        "w": [config.block_n, config.block_k],
+        "out": [config.block_m, config.block_n // config.subtiles],
+        "preact": [config.block_m, config.block_n // config.subtiles],
+    }
+    unaligned = ("M",) if rows % 16 else ()
+    if config.kernel == "hopper":
+        constants = hopper.constants_of(config, activation, bias, save_preact)
+        options = {"num_warps": constants.pop("num_warps")}
+        del constants["enable_fp_fusion"]
+        constants |= {"M": 1} if rows == 1 else {}
+        constants |= {} if bias else {"bias_ptr": None}
+        constants |= {} if save_preact else {"preact_desc": None}
+        described = {f"{name}_desc": tile for name, tile in tiles.items()}
+        layouts = {name: hopper.layout_of(config.dtype, tile) for name, tile in described.items()}
+        kernel = hopper.linear_act_hopper_kernel
+        return compile_kernel(kernel, config.dtype, arch, constants, options, unaligned, described, layouts)
     constants: dict[str, Any] = {
         "stride_xk": 1,
         "stride_wk": 1,
@@ -51,7 +69,7 @@ def compile_linear(
         "SAVE_PREACT": save_preact,
         "EVEN_K": even_k,
         "INPUT_PRECISION": "tf32" if config.dtype == "tf32" else "ieee",
-        "TMA": tma,
+        "TMA": config.kernel == "tma",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -64,20 +82,14 @@ def compile_linear(
     # None is a constant for Triton, as in a real launch.
     constants |= {} if bias else {"bias_ptr": None}
     constants |= {} if save_preact else {"preact_ptr": None}
-    tiles = {
-        "x_ptr": (config.block_m, config.block_k),
-        "w_ptr": (config.block_n, config.block_k),
-        "out_ptr": (config.block_m, config.block_n // config.subtiles),
-        "preact_ptr": (config.block_m, config.block_n // config.subtiles),
-    }
     return compile_kernel(
         linear_act.linear_act_fwd_kernel,
         config.dtype,
         arch,
         constants,
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-        unaligned=("M",) if rows % 16 else (),
-        descriptors=tiles if tma else {},
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        unaligned,
+        {f"{name}_ptr": tile for name, tile in tiles.items()} if config.kernel == "tma" else {},
     )
 
 
@@ -105,11 +117,12 @@ def compile_kernel(
     constants: dict[str, Any],
     options: dict[str, Any],
     unaligned: tuple[str, ...] = (),
-    descriptors: dict[str, tuple[int, int]] | None = None,
+    descriptors: dict[str, list[int]] | None = None,
+    layouts: dict[str, Any] | None = None,
 ) -> Compiled:
     """Compile a kernel whose integer arguments are multiples of 16, except for those named in ``unaligned``.
 
-    descriptors: the tile of each argument that is a tensor descriptor.
+    descriptors: the tile of each argument that is a tensor descriptor. layouts: of these, for a kernel in Gluon.
     """
     descriptors = descriptors or {}
 
@@ -117,14 +130,14 @@ def compile_kernel(
         if name in constants:
             return "constexpr"
         if name in descriptors:
-            rows, columns = descriptors[name]
-            return f"tensordesc<{TRITON_DTYPES[dtype]}[{rows},{columns}]>"
+            layout = f",{layouts[name]!r}" if layouts else ""
+            return f"tensordesc<{TRITON_DTYPES[dtype]}{descriptors[name]}{layout}>"
         if not name.endswith("_ptr"):
             return "i32"
         return "*fp32" if name == "partial_ptr" else "*" + TRITON_DTYPES[dtype]
 
     names = kernel.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if layouts else ASTSource)(
         kernel,
         {name: type_of(name) for name in names},
         {(names.index(name),): value for name, value in constants.items()},

@@ -44,6 +44,12 @@ TMA_TILES: tuple[Tile, ...] = (
     (128, 256, 64, 8, 4),
     (256, 128, 64, 8, 3),
 )
+# Of the Hopper kernel, with the slices of its stores: two groups of warps in turns, or one tile for both.
+HOPPER_TILES: tuple[tuple[Tile, int], ...] = (
+    ((128, 128, 64, 8, 5), 2),
+    ((128, 256, 64, 8, 4), 4),
+    ((64, 256, 64, 8, 4), 4),
+)
 POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
 # Tiles that get 8 warps on these architectures: with 4 a thread gets too few registers (the second: with Triton 3.9).
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
@@ -110,7 +116,8 @@ def candidates(M: int, N: int, K: int, dtype: str, arch: int) -> list[Config]:
     if arch == 0:
         return list(dict.fromkeys((chosen, *_interpreted(M, dtype), library)))
     fitting = [c for c in _tiled(M, N, K, dtype, arch) if shared_bytes(c, arch) <= SHARED_MEMORY.get(arch, 101376)]
-    fitting.sort(key=lambda config: modelled_clocks(config, M, N, K, arch))
+    # The Hopper kernel comes first: that it loads and stores beside its products is what published kernels gain by.
+    fitting.sort(key=lambda config: (config.kernel != "hopper", modelled_clocks(config, M, N, K, arch)))
     return list(dict.fromkeys((chosen, *fitting, library)))
 
 
@@ -133,6 +140,9 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
         yield config("pointer", tile)
     if not tma or M <= 256 or dtype == "tf32":
         return
+    if arch == 90 and M >= 1024:
+        for (*blocks, num_warps, num_stages), subtiles in HOPPER_TILES:
+            yield Config("hopper", dtype, *blocks, num_warps, num_stages, persistent=1, subtiles=subtiles)
     for tile in TMA_TILES:
         if tile[0] >= rows:
             continue
@@ -173,12 +183,15 @@ def shared_bytes(config: Config, arch: int) -> int:
     # wgmma and its successor read their operands from shared memory; mma.sync keeps one set in registers.
     in_place = 90 <= arch < 120 and config.block_m >= 64
     pipeline = operands * (config.num_stages if in_place else max(config.num_stages - 1, 1))
-    store = config.block_m * config.block_n // config.subtiles * _itemsize(config) if config.persistent else 0
+    buffers = (config.consumers if config.kernel == "hopper" else 1) if config.persistent else 0
+    store = buffers * config.block_m * config.block_n // config.subtiles * _itemsize(config)
     return pipeline + store + 1024
 
 
 def resident_blocks(config: Config, arch: int) -> int:
     """Return how many blocks an SM holds, by shared memory and an estimate of registers; at least 1."""
+    if config.kernel == "hopper":
+        return 1
     threads = 32 * config.num_warps
     sums = config.block_m * config.block_n // threads
     # Pointers, masks and, in TF32, converted operands come on top; fitted to kernels compiled for sm_80 to sm_120.
@@ -226,7 +239,7 @@ def modelled_clocks(
     resident = 1 if specialized else min(per_sm, config.persistent or resident_blocks(config, arch))
     product = steps * step_clocks(config, arch, cluster)
     after = config.block_m * config.block_n * (epilogue - STORE + STORE / config.subtiles) / ISSUE
-    if resident > 1 or _takes_turns(config):  # one tile's epilogue hides behind another's product
+    if resident > 1 or (specialized and config.consumers == 2):  # one tile's epilogue hides behind another's product
         busy = per_sm * max(product, after) + min(product, after)
     else:
         # A persistent block starts its next tile with a load, unless a warp of its own has loaded ahead.
@@ -235,11 +248,3 @@ def modelled_clocks(
     waiting = math.ceil(per_sm / resident) * math.ceil(steps / config.num_stages) * LATENCY
     memory = (M * K + N * K + M * N) * _itemsize(config) / (chip.memory * MEMORY_SHARE * chip.sms)
     return max(busy, waiting, memory) + LATENCY
-
-
-def _takes_turns(config: Config) -> bool:
-    """Return whether two warp groups take turns at whole tiles (ping-pong), instead of sharing one (cooperative).
-
-    A warp group can hold a tile of 64x256 by itself, 128 sums a thread.
-    """
-    return config.kernel == "hopper" and config.block_m * config.block_n <= 64 * 256

@@ -15,7 +15,8 @@ from bert_fused.kernels.lookup import shipped_configs
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh")
-VARIANTS = 3
+# Of each tile; the Hopper kernel, which no interpreter runs, is executed in more.
+VARIANTS, HOPPER_VARIANTS = 3, 12
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def tiles(arch: int) -> list[Config]:
 
 def linear_cases(arch: int) -> Iterator[Linear]:
     for index, tile in enumerate(tiles(arch)):
-        for variant in range(VARIANTS):
+        for variant in range(HOPPER_VARIANTS if tile.kernel == "hopper" else VARIANTS):
             yield _linear(arch, tile, index, variant)
 
 
@@ -80,15 +81,16 @@ def _linear(arch: int, tile: Config, index: int, variant: int) -> Linear:
     dtype = tile.dtype if tile.dtype == "tf32" else ("float16", "bfloat16")[(index + variant) % 2]
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     long_k = (2 * tile.num_stages + 1) * k
-    ragged = variant == 2 and k >= 32
-    rows = (17, 16, 1 if m <= 32 else 17)[variant]
+    ragged = variant % 3 == 2 and k >= 32
+    rows = (17, 16, 1 if m <= 32 else 17)[variant % 3]
+    tile = dataclasses.replace(tile, num_stages=tile.num_stages - variant // 6)
     M = {17: m + m // 2 + 5, 16: m + 16, 1: 1}[rows]
     shapes = ((M, n + 16, long_k + k // 2), (M, n, k // 2)) if ragged else ((M, n + 16, long_k), (M, n, k))
     return Linear(
         arch,
         dataclasses.replace(tile, dtype=dtype),
         ACTIVATIONS[(index + variant) % 3],
-        save_preact=(index // 2 + variant) % 2 == 0,
+        save_preact=(index // 2 + variant + variant // 6) % 2 == 0,
         bias=(index // 3 + variant) % 3 != 0,
         even_k=not ragged,
         rows=rows,

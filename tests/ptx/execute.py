@@ -105,7 +105,8 @@ def run_linear(case: Linear, shape: tuple[int, int, int], kernel: Kernel, metada
     x, weight = drawn((rows, K), config.dtype), drawn((N, K), config.dtype, K**-0.5)
     bias = drawn((N,), config.dtype) if case.bias else None
     memory, x_stride, w_stride = Memory(), K + 16, K + 32
-    given = Arguments(M, case.first_row, metadata, config.kernel == "tma")
+    hopper = config.kernel == "hopper"
+    given = Arguments(M, case.first_row, metadata, config.kernel in ("tma", "hopper"))
     given.matrix(memory.add("x", bits(x), stride=x_stride), x_stride)
     given.matrix(memory.add("weight", bits(weight), stride=w_stride), w_stride, from_first_row=False)
     if bias is not None:
@@ -117,8 +118,9 @@ def run_linear(case: Linear, shape: tuple[int, int, int], kernel: Kernel, metada
         preact = memory.add("preact", empty, output=True)
         given.matrix(preact, N)
     # A row count of 1 is a constant, and the last two are Triton's scratch memory.
-    given.values += [*([M] if case.rows != 1 else []), N, K, x_stride, w_stride, 0, 0]
-    execute(kernel, metadata, memory, given.values, blocks_of(case, M, N), outcome)
+    strides = [] if hopper else [x_stride, w_stride]
+    given.values += [*([M] if case.rows != 1 else []), N, K, *strides, 0, 0]
+    execute(kernel, metadata, memory, given.values, blocks_of(case, M, N), outcome, seed=M + N + K if hopper else None)
     z = linear64(x, weight, bias)
     y = act64(z, case.activation)
     outcome.check("out", tensor_of(memory, out, dtype), y, forward_bound(y, x, weight, bias, case.activation))
@@ -181,12 +183,13 @@ def execute(
     given: list[int | TensorMap],
     grid: tuple[int, list[int]],
     outcome: Outcome,
+    seed: int | None = None,
 ) -> None:
     if len(given) != len(kernel.program.parameters):
         raise PTXError(f"{len(given)} arguments for {len(kernel.program.parameters)} parameters")
     blocks, executed = grid
     for index in executed:
-        block = Block(kernel, memory, given, metadata.shared, index, blocks)
+        block = Block(kernel, memory, given, metadata.shared, index, blocks, seed)
         block.run()
         for key, text in block.reports.items():
             outcome.reports.setdefault(key, text)
