@@ -33,6 +33,7 @@ from bert_fused.kernels.lookup import shipped_configs
 from bert_fused.kernels.runtime import arch_of
 from bert_fused.reference import GRAD_FROM_OUTPUT
 from bert_fused.reference import linear_act as eager
+from bert_fused.tune.candidates import candidates
 from bert_fused.tune.search import fp32_products
 
 pytestmark = MARKS
@@ -40,6 +41,9 @@ pytestmark = MARKS
 CONFIGS = (Config("pointer", "float16", 32, 32, 32, 4, 1),)
 if HAS_GPU or EMULATED:  # in the emulator a few: tests/ptx runs all
     CONFIGS = tuple(shipped_configs(arch_of(DEVICE)))[:: 1 if HAS_GPU else 5]
+    # No table names these yet.
+    OFFERED = [c for dtype in ("bfloat16", "float16") for c in candidates(4096, 3072, 768, dtype, arch_of(DEVICE))]
+    CONFIGS += tuple(c for c in OFFERED if c.kernel == "hopper")[:: 1 if HAS_GPU else 2]
 MODELS = ((384, 1536), (768, 3072), (1024, 4096)) if HAS_GPU else ((48, 64),)
 ROWS = (32, 500, 4096) if HAS_GPU else (20,)
 
@@ -132,7 +136,7 @@ def test_pooler_reads_only_the_first_tokens(dtype: torch.dtype) -> None:
 )
 @pytest.mark.usefixtures("poisoned_empty")
 def test_every_configuration_is_exact_on_integers(config: Config, shape: tuple[int, int, int]) -> None:
-    if config.kernel == "tma" and shape[2] % 8:
+    if config.kernel in ("tma", "hopper") and shape[2] % 8:
         pytest.skip("TMA needs rows on 16-byte boundaries")
     data = inputs("integers", *shape, tensor_dtype(config))
     out, preact = linear_act_fwd(data.x, data.weight, data.bias, activation="relu", save_preact=True, config=config)
