@@ -17,6 +17,7 @@ _TEXT = """
 {parameters}
 )
 .reqntid {threads}
+.maxnreg {max_registers}
 {{
 	.reg .pred %p<20>;
 	.reg .b16 %rs<40>;
@@ -60,6 +61,8 @@ def run(
     shared: int = 4096,
     memory: Memory | None = None,
     out_size: int | None = None,
+    max_registers: int = 128,
+    seed: int | None = None,
 ) -> Ran:
     """Execute a body. Its %rd1 is the output's address, %rd2 and on those of the inputs; tensor maps are parameters.
 
@@ -73,8 +76,8 @@ def run(
     parameters = ",\n".join(f"\t.param {kind.format(f'param_{i}')}" for i, kind in enumerate(kinds))
     loads = [f"ld.param.b64 %rd{i + 1}, [param_{i}];" for i, x in enumerate(arguments) if isinstance(x, int)]
     lines = [*loads, _PROLOGUE, "add.s64 %rd11, %rd1, %rd10;", *body.strip().split("\n")]
-    text = _TEXT.format(parameters=parameters, threads=threads, body="\n".join(lines))
-    block = Block(Kernel.of(text), memory, arguments, shared, 0, 1)
+    text = _TEXT.format(parameters=parameters, threads=threads, max_registers=max_registers, body="\n".join(lines))
+    block = Block(Kernel.of(text), memory, arguments, shared, 0, 1, seed)
     block.run()
     return Ran(block, memory, out)
 

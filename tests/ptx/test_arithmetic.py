@@ -63,6 +63,8 @@ def test_wide_products_and_long_sums() -> None:
     signed = A.view(int32).astype(int64)
     same(compute("mul.wide.s32 {d}, {0}, {1};", A, B, result="b64"), signed * B.view(int32))
     same(compute("mul.wide.u32 {d}, {0}, {1};", A, B, result="b64"), A.astype(uint64) * B)
+    same(compute("mul.hi.u32 {d}, {0}, {1};", A, B), (A.astype(uint64) * B >> uint64(32)).astype(uint32))
+    same(compute("mul.hi.s32 {d}, {0}, {1};", A, B).view(int32), (signed * B.view(int32) >> 32).astype(int32))
     same(compute("mad.wide.s32 {d}, {0}, {1}, 5;", A, B, result="b64"), signed * B.view(int32) + 5)
     same(compute("mad.lo.s32 {d}, {0}, {1}, {2};", A, B, C), A * B + C)
     same(compute("add.s64 {d}, {0}, {1};", *LONGS, kind="b64", result="b64"), LONGS[0] + LONGS[1])
@@ -211,10 +213,10 @@ def test_a_part_that_nothing_was_written_to_holds_ones() -> None:
     "body",
     [
         "sqrt.rn.f32 %r9, %r1;",
-        "mul.hi.u32 %r9, %r1, %r1;",
+        "mul.hi.u64 %rd9, %rd1, %rd1;",
         "cvt.rzi.s32.f32 %r9, %r1;",
         "add.rz.f32 %r9, %r1, %r1;",
-        "barrier.sync 1;",
+        "barrier.arrive 1, 64;",
         "bar.arrive 0, 64;",
     ],
 )

@@ -142,7 +142,7 @@ def test_a_barrier_that_some_threads_never_reach_is_a_deadlock() -> None:
         "setp.lt.u32 %p1, %r1, 32; @!%p1 bra L;\n mov.b32 %r21, global_smem; mbarrier.init.shared::cta.b64 [%r21], 1;"
     )
     body = body.replace("mbarrier.init", "setp.eq.b32 %p2, %r1, 0; @%p2 mbarrier.init")
-    body += "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r21], 0;\nL: bar.sync 0;"
+    body += "\nW: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r21], 0; @!%p3 bra W;\nL: bar.sync 0;"
     with pytest.raises(PTXError, match="deadlock"):
         run(body, threads=64)
 
@@ -155,3 +155,72 @@ def test_a_barrier_waits_for_threads_that_have_not_returned() -> None:
 def test_a_program_that_does_not_end_is_an_error() -> None:
     with pytest.raises(PTXError, match="does not end"):
         run("L: bra L;")
+
+
+# ------------------------------------------------------------------------------------------------- warps that run apart
+
+# Warps 0 and 1 store, warps 2 and 3 load what they stored; %p1: the thread is in one of the first two.
+PARTS = SHARED + "setp.lt.u32 %p1, %r1, 64; xor.b32 %r22, %r20, 256; @%p1 bra FIRST;\n"
+LOAD = f"ld.shared.b32 %r9, [%r22]; {STORE} ret;\n"
+
+
+def meeting(first: str, second: str, loads: str = LOAD, seed: int = 0) -> set[str]:
+    body = f"{PARTS} {second} {loads} FIRST: st.shared.b32 [%r20], %r1; {first} mov.b32 %r9, 0; {STORE}"
+    return run(body, threads=128, seed=seed).kinds
+
+
+def test_a_barrier_of_its_own_orders_some_warps() -> None:
+    assert meeting("bar.sync 3, 128;", "bar.sync 3, 128;") == set()
+    assert meeting("barrier.sync 3;", "barrier.sync 3;") == set()
+    assert "race" in meeting("bar.sync 2, 64;", "bar.sync 3, 64;") | meeting("bar.sync 2, 64;", "bar.sync 3, 64;", seed=1)
+    with pytest.raises(PTXError, match="deadlock"):
+        meeting("bar.sync 2, 128;", "bar.sync 3, 128;")
+    with pytest.raises(PTXError, match="not for as many as before|deadlock"):
+        meeting("bar.sync 2, 128;", "bar.sync 2, 64;")
+
+
+ARRIVE = "setp.eq.b32 %p2, %r1, 0; @%p2 mbarrier.arrive.shared::cta.b64 _, [%r21+2048];"
+LOOP = "\nW: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r21+2048], 0; @!%p3 bra W;\n"
+
+
+def handing_over(first: str = "bar.sync 1, 64;" + ARRIVE, second: str = LOOP) -> set[str]:
+    begin = "setp.eq.b32 %p4, %r1, 0; mov.b32 %r25, global_smem;"
+    begin += "@%p4 mbarrier.init.shared::cta.b64 [%r25+2048], 1; bar.sync 0;"
+    kinds: set[str] = set()
+    for seed in range(4):
+        body = f"{begin} {PARTS} {second} {LOAD} FIRST: st.shared.b32 [%r20], %r1; {first} mov.b32 %r9, 0; {STORE}"
+        kinds |= run(body, threads=128, seed=seed).kinds
+    return kinds
+
+
+def test_an_mbarrier_hands_over_what_the_arriving_warps_stored() -> None:
+    assert handing_over() == set()
+    assert handing_over(first=ARRIVE) == {"race"}  # before the other warp has stored
+    assert "race" in handing_over(second=LOOP.replace("@!%p3 bra W;", ""))  # a wait that is not repeated
+    assert "race" in handing_over(second="")
+    with pytest.raises(PTXError, match="deadlock"):
+        handing_over(second=LOOP + LOOP.replace("W", "V").replace("], 0;", "], 1;"))
+
+
+def test_a_table_sends_warps_apart() -> None:
+    body = "shr.u32 %r8, %r1, 5;\nT: .branchtargets A,\nB;\nbrx.idx %r8, T;\nA: mov.b32 %r9, 10; bra C;\n"
+    ran = run(body + f"B: mov.b32 %r9, 20;\nC: {STORE}", threads=64)
+    assert ran.result.tolist() == [10] * 32 + [20] * 32
+
+
+def registers(first: str, second: str) -> None:
+    body = f"setp.lt.u32 %p1, %r1, 128; @%p1 bra FIRST;\n {second} ret;\nFIRST: {first} mov.b32 %r9, 0; {STORE}"
+    run(body, threads=256, max_registers=128, out_size=256, seed=0)
+
+
+def test_registers_are_given_back_before_others_get_them() -> None:
+    more, less = "setmaxnreg.inc.sync.aligned.u32 {};", "setmaxnreg.dec.sync.aligned.u32 {};"
+    registers(more.format(232), less.format(24))
+    for first, second, message in (
+        (more.format(240), less.format(24), "deadlock"),
+        (more.format(136), "", "deadlock"),
+        (less.format(136), "", "a thread has"),
+        (more.format(132), "", "steps of 8"),
+    ):
+        with pytest.raises(PTXError, match=message):
+            registers(first, second)

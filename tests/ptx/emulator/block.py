@@ -228,9 +228,9 @@ class Block:
             raise ins.error("threads wait for different phases")
         warps = self.warps(mask)
         done = self.barriers.wait(int(addresses[0]), int(parities[0]), warps, ins)
-        if not done and self.patient[warps].all():
+        if not done and (mask is None or self.patient[warps].all()):
             return False
-        # An instruction that waits in vain times out once, so that a program must ask again.
+        # An instruction that waits for others in vain times out once, so that a program must ask again.
         self.patient[warps] = not done
         self.put(self.kernel.operands.number(ins.args[0]), np.full(self.threads, done), mask)
         return True
