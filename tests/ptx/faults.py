@@ -51,6 +51,12 @@ def kernels() -> dict[str, cases.Case]:
         shapes = ((m + m // 2 + 5, n + 16, (2 * config.num_stages + 1) * k), (m, n, k))
         return cases.Linear(arch, config, activation, True, True, True, 17, shapes)
 
+    def hopper(config: Config) -> cases.Linear:
+        # Three tiles for one block, so that each group of warps goes on to another.
+        m, n, k = config.block_m, config.block_n, config.block_k
+        shapes = ((2 * m + 5, n, (2 * config.num_stages + 1) * k), (m, n, k))
+        return dataclasses.replace(linear(90, config), shapes=shapes)
+
     half, wide, tf32 = "float16", "bfloat16", "tf32"
     ragged = linear(80, Config("pointer", half, 32, 64, 64, num_warps=4, num_stages=3), "tanh")
     ragged = dataclasses.replace(ragged, even_k=False, shapes=tuple((m, n, k - 32) for m, n, k in ragged.shapes))
@@ -62,6 +68,8 @@ def kernels() -> dict[str, cases.Case]:
         "sm_90 pointer": linear(90, Config("pointer", half, 64, 64, 64, num_warps=4, num_stages=3)),
         "sm_90 TMA": linear(90, Config("tma", wide, 128, 128, 64, num_warps=4, num_stages=3)),
         "sm_90 TMA, persistent": linear(90, Config("tma", half, 64, 128, 64, 4, 3, persistent=1, subtiles=2)),
+        "sm_90 Hopper, cooperative": hopper(Config("hopper", wide, 128, 256, 64, 8, 3, persistent=1, subtiles=4)),
+        "sm_90 Hopper, ping-pong": hopper(Config("hopper", half, 128, 128, 64, 8, 3, persistent=1, subtiles=2)),
         "sm_100 pointer": linear(100, Config("pointer", wide, 64, 64, 64, num_warps=4, num_stages=3)),
         "sm_100 TMA": linear(100, Config("tma", half, 128, 64, 64, num_warps=4, num_stages=3)),
         "sm_120 pointer": linear(120, Config("pointer", half, 64, 64, 32, num_warps=4, num_stages=4)),
@@ -75,18 +83,21 @@ _DROPPED = (
     "cp.async.wait_group", "cp.async.commit_group", "bar.sync", "wgmma.wait_group", "wgmma.fence", "wgmma.commit_group",
     "fence.proxy.async", "cp.async.bulk.wait_group", "cp.async.bulk.commit_group", "tcgen05.wait::ld",
     "tcgen05.wait::st", "tcgen05.commit", "mbarrier.arrive.expect_tx", "mbarrier.init", "st.shared", "stmatrix",
-    "cp.async.bulk.tensor",
+    "cp.async.bulk.tensor", "mbarrier.arrive.shared::cta", "setmaxnreg",
 )  # fmt: skip
 _REPLACED = (
     (
         "one group too few is waited for",
-        r"(cp\.async\.wait_group\s+|wgmma\.wait_group\S* |bulk\.wait_group\S* )(\d+);",
+        r"(cp\.async\.wait_group\s+|wgmma\.wait_group\S* |bulk\.wait_group\S* )(\d+)(?=;)",
         1,
     ),
-    ("swizzle: another bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+);", 32),
-    ("offset in shared or global memory", r"(add\.s32\s+%r\d+, %r\d+, )(\d{4,});", 16),
-    ("bytes expected of a bulk copy", r"(expect_tx\S* _, \[%r\d+\], )(\d+);", 128),
-    ("arrivals of an mbarrier", r"(mbarrier\.init\S* \[%r\d+\], )(\d+);", 1),
+    ("swizzle: another bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)(?=;)", 32),
+    ("offset in shared or global memory", r"(add\.s32\s+%r\d+, %r\d+, )(\d{4,})(?=;)", 16),
+    ("bytes expected of a bulk copy", r"(expect_tx\S* _, \[%r\d+\], )(\d+)(?=;)", 128),
+    ("registers asked for", r"(setmaxnreg\.inc\S*\s+)(\d+)(?=;)", 8),
+    ("threads of a barrier", r"(bar\.sync\s+\d+, )(\d+)(?=;)", 32),
+    ("number of a barrier", r"(bar\.sync\s+)(\d+)(?=, \d+;)", 5),
+    ("arrivals of an mbarrier", r"(mbarrier\.init\S* \[%r\d+\], )(\d+)(?=;)", 1),
 )
 _REWRITTEN = (
     ("store without its mask", r"@%p\d+ (st\.global)", r"\1"),
@@ -94,6 +105,8 @@ _REWRITTEN = (
     ("copy without its mask", r"(cp\.async\.c[ga]\S* .*, 0x10, )%r\d+;", r"\g<1>16;"),
     ("rows are not clamped", r"min\.s(32|64)(\s+%\w+, %\w+), %\w+;", r"mov.b\1\2;"),
     ("an mbarrier is not waited for", r"mbarrier\.try_wait\S* complete, .*;", "mov.pred complete, -1;"),
+    ("the other phase of an mbarrier", r"(mbarrier\.try_wait\S* complete, .*, )(%r\d+);", r"xor.b32 \2, \2, 1; \1\2;"),
+    ("an mbarrier is asked once", r"@!complete bra\.uni waitLoop;", ""),
     ("ring of buffers never wraps", r"selp\.b32(\s+%r\d+), 0, (%r\d+), %p\d+;", r"mov.b32\1, \2;"),
     ("activation: sign", r"neg\.f32(\s+%r\d+), (%r\d+);", r"mov.b32\1, \2;"),
     ("activation: product without its sum", r"fma\.rn\.f32(\s+%r\d+, %r\d+, %r\d+), %r\d+;", r"mul.f32\1;"),
@@ -117,7 +130,7 @@ def planted(ptx: str) -> Iterator[tuple[str, int, str, str]]:
             match = re.search(pattern, text)
             if match:
                 value = int(match[2]) ^ more if "swizzle" in kind else int(match[2]) + more
-                yield kind, number, text, f"{text[: match.start()]}{match[1]}{value};{text[match.end() :]}"
+                yield kind, number, text, f"{text[: match.start()]}{match[1]}{value}{text[match.end() :]}"
         for kind, pattern, new in _REWRITTEN:
             changed = re.sub(pattern, new, text)
             if changed != text:

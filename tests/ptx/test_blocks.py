@@ -172,7 +172,9 @@ def meeting(first: str, second: str, loads: str = LOAD, seed: int = 0) -> set[st
 def test_a_barrier_of_its_own_orders_some_warps() -> None:
     assert meeting("bar.sync 3, 128;", "bar.sync 3, 128;") == set()
     assert meeting("barrier.sync 3;", "barrier.sync 3;") == set()
-    assert "race" in meeting("bar.sync 2, 64;", "bar.sync 3, 64;") | meeting("bar.sync 2, 64;", "bar.sync 3, 64;", seed=1)
+    assert "race" in meeting("bar.sync 2, 64;", "bar.sync 3, 64;") | meeting(
+        "bar.sync 2, 64;", "bar.sync 3, 64;", seed=1
+    )
     with pytest.raises(PTXError, match="deadlock"):
         meeting("bar.sync 2, 128;", "bar.sync 3, 128;")
     with pytest.raises(PTXError, match="not for as many as before|deadlock"):

@@ -88,7 +88,7 @@ class Kernel:
 
 
 def _is_control(ins: Instruction) -> bool:
-    if ins.parts[0] not in _CONTROL and ins.parts[:2] != ["mbarrier", "try_wait"] or ins.parts[:2] == ["bar", "warp"]:
+    if (ins.parts[0] not in _CONTROL and ins.parts[:2] != ["mbarrier", "try_wait"]) or ins.parts[:2] == ["bar", "warp"]:
         return False
     if ins.guard is not None and ins.parts[0] != "bra":
         raise ins.error(f"a guard of {ins.op} is not emulated")
