@@ -26,8 +26,8 @@ _NAMES = {
     "none": ("none", ""),
 }
 # CPU vendor and dtype -> the fewest rows from which on oneDNN's call was faster than PyTorch's two, by whole models,
-# where every layer's weight comes from memory: a layer alone, called again and again, gains where a model loses. What is
-# not here was not faster, or not measured. Eager's time over oneDNN's, MiniLM on one thread, torch 2.13, November 2026.
+# where every layer's weight comes from memory: a layer alone, called again and again, gains where a model loses. What
+# is not here was not faster, or not measured. Eager's time over oneDNN's, MiniLM on one thread, torch 2.13, Nov. 2026.
 # AMD EPYC (AVX-512): fp32 1.36 at 16 rows, 1.2 to 1.3 from 128 on, since PyTorch's product there is MKL's; bf16 0.9 to
 # 1.05, and 1.36 at 4096. Intel Xeon (AMX): bf16 0.93 at 16 rows, 1.01 at 256, 1.03 at 512, 1.14 at 1024, 1.16 at 2048;
 # fp32 not faster: a layer alone 0.5 to 1.14.

@@ -55,19 +55,11 @@ class FusedSelfAttention(nn.Module):
             return (_attend_packed if mask.packing is not None else _attend_first)(self, rows, mask), None
         if mask is not None:
             args, kwargs = _exchanged(args, kwargs, mask, mask.mask)
-        given = arguments(original, args, kwargs)
-        hidden = given.pop("hidden_states", None)
-        if (
-            type(hidden) is Tensor
-            and hidden.dim() == 3
-            and may_serve(hidden.dtype, hidden.shape[:-1].numel(), alone=True)
-            and len(args) <= len(signature_of(original).positional)
-            and not class_is_patched(original)
-        ):
-            states_mask = given.pop("attention_mask", None)
-            if not heeded(given) and (states_mask is None or isinstance(states_mask, Tensor)):
-                more = {name: value for name, value in given.items() if name not in signature_of(original).names}
-                return _attend(self, hidden, hidden, states_mask, **more)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if type(hidden) is Tensor and hidden.dim() == 3 and _may_project(hidden) and not class_is_patched(original):
+            output = _attend_dense(self, original, args, kwargs)
+            if output is not None:
+                return output
         return original.forward(self, *args, **kwargs)
 
 
@@ -82,17 +74,16 @@ class FusedOutput(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         original = original_of(self)
-        hidden, residual = (*args, None, None)[:2]
         if (
-            len(args) != 2
-            or kwargs
-            or type(hidden) is not Tensor
-            or not may_serve(hidden.dtype, hidden.shape[:-1].numel(), alone=True)
-            or self._modules.keys() != _OUTPUT_PARTS
-            or class_is_patched(original)
+            len(args) == 2
+            and not kwargs
+            and type(args[0]) is Tensor
+            and _may_project(args[0])
+            and self._modules.keys() == _OUTPUT_PARTS
+            and not class_is_patched(original)
         ):
-            return original.forward(self, *args, **kwargs)
-        return self.LayerNorm(self.dropout(project(self.dense, hidden)) + residual)
+            return self.LayerNorm(self.dropout(project(self.dense, args[0])) + args[1])
+        return original.forward(self, *args, **kwargs)
 
 
 class FusedAttention(nn.Module):
@@ -126,11 +117,15 @@ def _encoder_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> Encode
     return None
 
 
+def _may_project(x: Tensor) -> bool:
+    return may_serve(x.dtype, x.shape[:-1].numel(), alone=True)
+
+
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """Return ``linear(x)``, ``[..., K]`` to ``[..., N]``; oneDNN may serve a plain ``nn.Linear`` without hooks."""
     if (
         type(linear) is nn.Linear
-        and may_serve(x.dtype, x.shape[:-1].numel(), alone=True)
+        and _may_project(x)
         and hook_reason(linear) is None
         and not class_is_patched(nn.Linear)
     ):
@@ -156,6 +151,20 @@ def _hidden_states(original: type[nn.Module], args: tuple[object, ...], kwargs: 
     if unknown != ["hidden_states"] or not isinstance(hidden, Tensor):
         raise NotUnderstood(f"{original.__name__} was given {', '.join(unknown)}")
     return hidden
+
+
+def _attend_dense(
+    attention: BertSelfAttention, original: type[nn.Module], args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return what the model's own self-attention returns, or None where its code must run."""
+    given = arguments(original, args, kwargs)
+    hidden, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+    signature = signature_of(original)
+    if heeded(given) or len(args) > len(signature.positional) or not isinstance(mask, Tensor | None):
+        return None
+    assert isinstance(hidden, Tensor)
+    more = {name: value for name, value in given.items() if name not in signature.names}
+    return _attend(attention, hidden, hidden, mask, **more)
 
 
 def _attend_packed(attention: BertSelfAttention, rows: Tensor, mask: EncoderMask) -> Tensor:
