@@ -44,12 +44,9 @@ TMA_TILES: tuple[Tile, ...] = (
     (128, 256, 64, 8, 4),
     (256, 128, 64, 8, 3),
 )
-# Of the Hopper kernel, with the slices of its stores: two groups of warps in turns, or one tile for both.
-HOPPER_TILES: tuple[tuple[Tile, int], ...] = (
-    ((128, 128, 64, 8, 5), 2),
-    ((128, 256, 64, 8, 4), 4),
-    ((64, 256, 64, 8, 4), 4),
-)
+# Of the Hopper kernel: (block_m, block_n, block_k, stages, slices of its stores). The second is shared by two groups of
+# warps, the others are for one each.
+HOPPER_TILES = ((128, 128, 64, 5, 2), (128, 256, 64, 4, 4), (64, 256, 64, 4, 4))
 POINTER_TILES: tuple[Tile, ...] = ((128, 128, 32, 8, 4),)
 # Tiles that get 8 warps on these architectures: with 4 a thread gets too few registers (the second: with Triton 3.9).
 MORE_WARPS: dict[Tile, tuple[int, ...]] = {(64, 64, 64, 4, 4): (86, 89), (64, 32, 128, 4, 4): (80, 86, 89)}
@@ -141,8 +138,8 @@ def _tiled(M: int, N: int, K: int, dtype: str, arch: int) -> Iterator[Config]:
     if not tma or M <= 256 or dtype == "tf32":
         return
     if arch == 90 and M >= 1024:
-        for (*blocks, num_warps, num_stages), subtiles in HOPPER_TILES:
-            yield Config("hopper", dtype, *blocks, num_warps, num_stages, persistent=1, subtiles=subtiles)
+        for block_m, block_n, block_k, stages, subtiles in HOPPER_TILES:
+            yield Config("hopper", dtype, block_m, block_n, block_k, 8, stages, persistent=1, subtiles=subtiles)
     for tile in TMA_TILES:
         if tile[0] >= rows:
             continue
@@ -183,8 +180,9 @@ def shared_bytes(config: Config, arch: int) -> int:
     # wgmma and its successor read their operands from shared memory; mma.sync keeps one set in registers.
     in_place = 90 <= arch < 120 and config.block_m >= 64
     pipeline = operands * (config.num_stages if in_place else max(config.num_stages - 1, 1))
-    buffers = (config.consumers if config.kernel == "hopper" else 1) if config.persistent else 0
-    store = buffers * config.block_m * config.block_n // config.subtiles * _itemsize(config)
+    store = config.block_m * config.block_n // config.subtiles * _itemsize(config) if config.persistent else 0
+    if config.kernel == "hopper":  # each group of warps has its own buffers for its stores and its bias
+        return pipeline + config.consumers * (store + 4 * config.block_n) + 512
     return pipeline + store + 1024
 
 

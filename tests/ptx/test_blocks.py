@@ -177,7 +177,7 @@ def test_a_barrier_of_its_own_orders_some_warps() -> None:
     )
     with pytest.raises(PTXError, match="deadlock"):
         meeting("bar.sync 2, 128;", "bar.sync 3, 128;")
-    with pytest.raises(PTXError, match="not for as many as before|deadlock"):
+    with pytest.raises(PTXError, match=r"not for as many as before|deadlock"):
         meeting("bar.sync 2, 128;", "bar.sync 2, 64;")
 
 

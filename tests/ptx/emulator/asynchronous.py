@@ -107,7 +107,7 @@ def _mbarrier(ins: Instruction, reader: "Reader") -> "Effect | None":
         return begin_or_end
     if what != "arrive" or len(ins.args) != (3 if ins.parts[2] == "expect_tx" else 2):
         return None
-    address, count = reader.address(ins.args[1], wide=False), int((*ins.args, 0)[2])
+    address, count = reader.address(ins.args[1], wide=False), int((*ins.args, "0")[2])
 
     def expect(block: "Block", mask: Array | None) -> None:
         for warp, at in _acting(block, mask, address):

@@ -1,8 +1,7 @@
 """A block of threads that executes a kernel.
 
 As long as all threads are at one instruction, they go on together. After a branch that only some take, each thread has
-its own place, and the lowest goes on first, until all are together again. With a seed, the place of a warp drawn at
-random goes on first: warps that run apart may meet in any order.
+its own place, and the lowest goes on first, until all are together again; with a seed a random one of the warps'.
 """
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from .arithmetic import keep
 from .clocks import Clocks
 from .copies import AsyncCopies, BulkCopies, Mbarriers
-from .gates import Barriers, RegisterPool
+from .gates import Barriers, RegisterPool, may_wait, table
 from .instructions import Reader
 from .kernel import Kernel, Run
 from .matrices import TensorMemory, Wgmma
@@ -116,14 +115,14 @@ class Block:
                     return np.where(taken, self._target(ins), at + 1)
             elif ins.parts[0] == "ret":
                 return None
-            elif ins.parts[0] in ("bar", "barrier") and len(ins.args) == 1 and _may_wait(ins):
+            elif ins.parts[0] in ("bar", "barrier") and len(ins.args) == 1 and may_wait(ins):
                 self.clocks.join(self.every_warp)
                 at += 1
             elif ins.parts[:2] == ["mbarrier", "try_wait"]:
                 if not self._wait(ins, None):
                     raise ins.error("deadlock: the mbarrier's phase never completes")
                 at += 1
-            elif _may_wait(ins):
+            elif may_wait(ins):
                 return np.full(self.threads, at)
             else:
                 self._effect(at, None)
@@ -173,10 +172,10 @@ class Block:
             places[acting] = at + 1
             places[acting if taken is None else taken] = self._target(ins)
         elif kind == "brx":
-            places[acting] = self._table(ins)[acting]
+            places[acting] = table(self, ins)[acting]
         elif kind == "ret":
             self.alive &= ~acting
-        elif kind in ("bar", "barrier") and _may_wait(ins):
+        elif kind in ("bar", "barrier") and may_wait(ins):
             self._check_converged(ins, acting)
             self.gates.wait(ins, acting)
         elif kind == "setmaxnreg":
@@ -191,12 +190,6 @@ class Block:
             self._effect(at, acting)
             places[acting] = at + 1
         return True
-
-    def _table(self, ins: Instruction) -> Array:
-        """Return where ``brx.idx`` sends each thread."""
-        program = self.kernel.program
-        targets = np.array([program.labels[label] for label in program.tables[ins.args[1]]])
-        return targets[Reader(ins, self.kernel.operands).get(ins.args[0], "u32")(self) % len(targets)]
 
     def _check_converged(self, ins: Instruction, acting: Array) -> None:
         warps = acting.reshape(-1, 32)
@@ -305,11 +298,3 @@ class Block:
             self.reports.add("exit", last, "bulk loads or products unfinished at the end")
         if self.tensor_memory.columns:
             self.reports.add("exit", last, "tensor memory not released")
-
-
-def _may_wait(ins: Instruction) -> bool:
-    """Tell whether an instruction may make threads wait, or send them apart by a table."""
-    kind, second = (*ins.parts, "")[:2]
-    if kind in ("bar", "barrier"):
-        return second != "warp"
-    return kind in ("brx", "setmaxnreg") or (kind == "mbarrier" and second == "try_wait")

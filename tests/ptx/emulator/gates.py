@@ -1,10 +1,16 @@
 """What makes threads of a block wait for each other: the sixteen barriers, and the pool of registers."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from .clocks import Clocks
+from .instructions import Reader
 from .numbers import Array
 from .parse import Instruction
+
+if TYPE_CHECKING:
+    from .block import Block
 
 
 class Barriers:
@@ -27,7 +33,7 @@ class Barriers:
     def released(self, alive: Array) -> Array | None:
         """Let the threads of one barrier go that all have reached; return which, or None."""
         for number, wanted in self.wanted.items():
-            there = self.waiting == number
+            there: Array = self.waiting == number
             if there.any() and ((there == alive).all() if not wanted else there.sum() >= wanted):
                 self.waiting[there] = -1
                 self.clocks.join(np.flatnonzero(there.reshape(-1, 32).any(1)))
@@ -57,3 +63,20 @@ class RegisterPool:
             return False
         self.held[warps] = wanted
         return True
+
+
+def may_wait(ins: Instruction) -> bool:
+    """Tell whether an instruction may make threads wait, or send them apart by a table."""
+    kind, second = (*ins.parts, "")[:2]
+    if kind in ("bar", "barrier"):
+        return second != "warp"
+    return kind in ("brx", "setmaxnreg") or (kind == "mbarrier" and second == "try_wait")
+
+
+def table(block: "Block", ins: Instruction) -> Array:
+    """Return where ``brx.idx`` sends each thread."""
+    program = block.kernel.program
+    targets: Array = np.array([program.labels[label] for label in program.tables[ins.args[1]]])
+    chosen = Reader(ins, block.kernel.operands).get(ins.args[0], "u32")(block)
+    to: Array = targets[chosen % len(targets)]
+    return to

@@ -60,7 +60,7 @@ class Parameter:
 class Program:
     """A kernel's code. registers: name -> (PTX type, number). labels: name -> the index of an instruction.
 
-    max_registers: of each thread at the start, 0 if not given. tables: name -> the labels that ``brx.idx`` chooses from.
+    max_registers: of each thread at the start, 0 if not given. tables: name -> the labels that ``brx.idx`` has.
     """
 
     parameters: list[Parameter]
