@@ -110,7 +110,8 @@ def _over_fill(groups: list[Group], path: Path) -> Path:
         panels.setdefault(_label(group).replace(" ragged", ""), {})[next(iter(group.values()))["fill"]] = group
     kinds: dict[str, str] = {}
     for label in sorted(panels, key=lambda label: -len(panels[label])):
-        kinds.setdefault(label.split(" B=")[0], label)
+        if len(panels[label]) > 1 or not kinds:
+            kinds.setdefault(label.split(" B=")[0], label)
     size = 1.5 + 3.6 * len(kinds), 3.6
     figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, label in zip(axes[0], kinds.values(), strict=True):
