@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 
 from bert_fused.kernels import elementwise, linear_act
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.gated import parse
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 # Triton makes a kernel for one row, one for multiples of 16, and one for all other numbers of rows.
@@ -46,7 +47,7 @@ def compile_linear(
     constants: dict[str, Any] = {
         "stride_xk": 1,
         "stride_wk": 1,
-        "ACTIVATION": activation,
+        **gating(activation),
         "HAS_BIAS": bias,
         "SAVE_PREACT": save_preact,
         "EVEN_K": even_k,
@@ -81,15 +82,22 @@ def compile_linear(
     )
 
 
+def gating(activation: str) -> dict[str, Any]:
+    """Return the two constexprs of a kernel for an activation's name, which may be a gated one's."""
+    name, half = parse(activation)
+    return {"ACTIVATION": name, "GATED": half}
+
+
 def compile_pass(dtype: str, arch: int, *, activation: str) -> Compiled:
-    constants = {"ACTIVATION": activation, "BLOCK": elementwise.FWD_BLOCK}
+    constants = gating(activation) | {"BLOCK": elementwise.FWD_BLOCK}
+    constants |= {} if constants["GATED"] else {"N": None}
     return compile_kernel(elementwise.act_fwd_kernel, dtype, arch, constants, {})
 
 
 def compile_grad(dtype: str, arch: int, *, activation: str) -> Compiled:
     constants = {
         "stride_dn": 1,
-        "ACTIVATION": activation,
+        **gating(activation),
         "BIAS_GRAD": True,
         "ROWS_PER_PROGRAM": elementwise.MAX_ROWS_PER_PROGRAM,
         "BLOCK_M": elementwise.BLOCK_M,
