@@ -5,8 +5,10 @@ asked for them; every activation has such a pair. Pure Python: needs neither Tri
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from .configs import Config, default_config
+from .lookup import shipped_configs
 
 HALVES = ("first", "second")
 
@@ -39,3 +41,10 @@ def gated_config(config: Config, M: int, N: int, arch: int) -> Config:
         config = default_config(M, config.dtype, arch)
         block_n = config.block_n // 2
     return dataclasses.replace(config, block_n=block_n, subtiles=min(config.subtiles, block_n // 16))
+
+
+def gated_configs(arch: int) -> Iterator[Config]:
+    """Yield once each Triton configuration that gated calls get on an architecture from shipped tables."""
+    shapes = ((1, 4096), (8192, 4096), (1, 8), (8192, 8))
+    configs = (gated_config(config, M, N, arch) for config in shipped_configs(arch) for M, N in shapes)
+    yield from dict.fromkeys(configs)

@@ -95,12 +95,13 @@ def compile_pass(dtype: str, arch: int, *, activation: str) -> Compiled:
 
 
 def compile_grad(dtype: str, arch: int, *, activation: str) -> Compiled:
+    gates = gating(activation)
     constants = {
         "stride_dn": 1,
-        **gating(activation),
+        **gates,
         "BIAS_GRAD": True,
         "ROWS_PER_PROGRAM": elementwise.MAX_ROWS_PER_PROGRAM,
-        "BLOCK_M": elementwise.BLOCK_M,
+        "BLOCK_M": elementwise.GATED_BLOCK_M if gates["GATED"] else elementwise.BLOCK_M,
         "BLOCK_N": elementwise.BLOCK_N,
     }
     return compile_kernel(elementwise.act_bwd_kernel, dtype, arch, constants, {}, ("M",))

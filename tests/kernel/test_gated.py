@@ -28,7 +28,7 @@ from reference64 import (
 from bert_fused import reference
 from bert_fused.kernels.configs import Config
 from bert_fused.kernels.elementwise import BLOCK_N, FWD_BLOCK, act_bwd, act_fwd, rows_per_program
-from bert_fused.kernels.gated import gated, gated_config, parse
+from bert_fused.kernels.gated import gated, gated_config, gated_configs, parse
 from bert_fused.kernels.linear_act import linear_act_fwd
 from bert_fused.kernels.lookup import get_config, shipped_configs
 from bert_fused.kernels.runtime import INTERPRETER_SMS
@@ -137,12 +137,7 @@ def test_strides_and_offsets_change_nothing(sanitized: Sanitizer, argument: str,
 
 def gated_tiles() -> list[Config]:
     """Every tile that serves gated calls on any architecture, each once, as the interpreter runs it."""
-    configs = [
-        gated_config(config, M, N, arch)
-        for arch in (0, 80, 86, 89, 90, 100, 120)
-        for config in shipped_configs(arch)
-        for M, N in ((1, 1152), (8192, 1152), (8192, 1160))
-    ]
+    configs = [config for arch in (0, 80, 86, 89, 90, 100, 120) for config in gated_configs(arch)]
     configs = [
         dataclasses.replace(config, num_warps=1, num_stages=1) for config in configs if config.dtype != "float16"
     ]
