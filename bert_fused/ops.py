@@ -118,12 +118,15 @@ def cls_pool(
     return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
 
 
-def path_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what serves most calls on tensors of this device and dtype: "Triton", "oneDNN", or PyTorch and why."""
+def path_name(device: torch.device, dtype: torch.dtype, *, gated: bool = False) -> str:
+    """Return what serves most calls on tensors of this device and dtype: "Triton", "oneDNN", or PyTorch and why.
+
+    gated: calls of ``linear_glu``.
+    """
     reason = device_reason(device, dtype)
     if reason is None:
         return "Triton"
-    if device.type == "cpu" and dtype in onednn.from_rows() and not is_disabled():
+    if device.type == "cpu" and not gated and dtype in onednn.from_rows() and not is_disabled():
         return "oneDNN where no gradient is wanted"
     return f"PyTorch ({reason})"
 

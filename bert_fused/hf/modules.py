@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from ..guards import is_defined_in, original_of
+from ..kernels.gated import gated
 from ..ops import cls_pool, linear_act
 from ..unpad.attention import FusedAttention, FusedSelfAttention
 from ..unpad.encoder import PREFIXES, FusedEncoder
@@ -44,7 +45,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
     if not is_defined_in(read, original.__module__):
         return read
     name, first, dropout = block.method, block.first, block.dropout
-    linear_name, function_name = block.linear, block.activation
+    linear_name, function_name, half = block.linear, block.activation, block.half
 
     @functools.wraps(read)  # Hugging Face looks at the signature
     def method(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
@@ -67,6 +68,8 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # a replica of DataParallel
             weight, bias = linear.weight, linear.bias
+        if half:
+            activation = gated(activation, half)
         product = cls_pool if first else linear_act
         if attributes.get("recompute_preact"):
             hidden = product(hidden, weight, bias, activation, recompute_preact=True)
