@@ -55,7 +55,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
         now = getattr(original, name)
         if now is not read or len(args) != 1 or kwargs or (dropout and dropout_is_active(self)):
             return now(self, *args, **kwargs)
-        hidden = args[0]
+        given = hidden = args[0]
         children = attributes["_modules"]  # getattr would take ten times as long
         linear, function = children.get(linear_name), children.get(function_name)
         if function is None:
@@ -75,6 +75,8 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
             hidden = product(hidden, weight, bias, activation, recompute_preact=True)
         else:
             hidden = product(hidden, weight, bias, activation)
+        if block.times:
+            hidden = hidden * getattr(self, block.times)(given)
         for step in block.rest:
             hidden = getattr(self, step)(hidden)
         return hidden

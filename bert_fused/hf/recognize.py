@@ -2,8 +2,8 @@
 
 A chain is the steps that a method applies to its one argument, in order, under any names of variables: ``x[:, 0]`` is
 the step "[:,0]", ``self.dense(x)`` is "dense", ``torch.tanh(x)`` is "torch.tanh()". With ``a, b = x.chunk(2, dim=-1)``
-the step ``self.act(a) * b`` is "act(a)*b". Code that does anything else is no chain, and its class is left alone.
-Nothing here runs when a module is called.
+the step ``self.act(a) * b`` is "act(a)*b"; ``self.act(self.gate(x)) * self.up(x)`` is "gate act *up". Code that does
+anything else is no chain, and its class is left alone. Nothing here runs when a module is called.
 """
 
 import ast
@@ -44,6 +44,8 @@ _CHAINS = {
         "input_linear activation(a)*b output_linear",  # Granite's shared experts
         "fc1 a*activation_fn(b) fc2",  # Moonshine
         "proj a*activation_fn(b)",  # CLVP
+        "gate_proj act_fn *up_proj down_proj",  # NomicBERT, and Llama and its kin
+        "gate_proj act_fn *up_proj dropout down_proj",  # GTE
     ),
     "ff_chunk": (
         "lin1 activation lin2 dropout",  # DistilBERT
@@ -61,11 +63,12 @@ _HOME = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 
 
 class Block(NamedTuple):
-    """A known chain. Of a gated one (``kernels/gated.py``) ``half`` is the half that is activated, else "".
+    """A known chain.
 
     method: the name of the method. first: the chain begins with position 0. dropout: the attribute ``dropout`` comes
         next. linear, activation: attributes of the module; a name that ends in "()" is a function of its file. rest:
-        attributes that are called one after the other on the result.
+        attributes that are called one after the other on the result. half: of a gated activation (``kernels/gated.py``)
+        the half that is activated. times: the attribute whose result for the same input is multiplied in before rest.
     """
 
     method: str
@@ -75,6 +78,7 @@ class Block(NamedTuple):
     activation: str
     rest: tuple[str, ...]
     half: str = ""
+    times: str = ""
 
 
 def _block(method: str, chain: str) -> Block:
@@ -83,7 +87,8 @@ def _block(method: str, chain: str) -> Block:
     dropout = steps[first] == _DROPOUT
     linear, step, *rest = steps[first + dropout :]
     activation, half = parse(step)
-    return Block(method, first, dropout, linear, activation, tuple(rest), half)
+    times = rest.pop(0)[1:] if rest and rest[0].startswith("*") else ""
+    return Block(method, first, dropout, linear, activation, tuple(rest), half, times)
 
 
 _BLOCKS: dict[tuple[str, tuple[str, ...] | None], Block] = {
@@ -208,6 +213,11 @@ def _steps(value: ast.expr | None, owner: str, current: tuple[str, ...]) -> list
             case ast.BinOp(left, ast.Mult(), right) if len(current) == 2:
                 step = _gate(left, right, owner, current)
                 return [step, *steps[::-1]] if step is not None else None
+            case ast.BinOp(left, ast.Mult(), right):
+                match _steps(left, owner, current), _steps(right, owner, current):
+                    case [linear, activation], [other] if other.isidentifier():
+                        return [linear, activation, f"*{other}", *steps[::-1]]
+                return None
             case ast.Subscript(inner, index) if ast.unparse(index).strip("()") in (":, 0", ":, 0, :"):
                 steps.append(_FIRST)
             case ast.Call(ast.Attribute(ast.Name(name), attribute), [inner], []) if name == owner:

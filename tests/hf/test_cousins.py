@@ -20,8 +20,10 @@ from transformers import (
     ElectraConfig,
     EsmConfig,
     GraniteMoeSharedConfig,
+    GteConfig,
     ModernBertConfig,
     MoonshineConfig,
+    NomicBertConfig,
     Phi3Config,
     RobertaConfig,
     Wav2Vec2Config,
@@ -59,6 +61,8 @@ COUSINS = {
     "phi3.Phi3MLP": (Phi3Config(**SIZES),),
     "granitemoeshared.GraniteMoeSharedMLP": (GraniteMoeSharedConfig(**SIZES, shared_intermediate_size=37),),
     "moonshine.MoonshineDecoderMLP": (MoonshineConfig(**MOONSHINE), "silu"),
+    "nomic_bert.NomicBertMLP": (NomicBertConfig(**SIZES),),
+    "gte.GteMLP": (GteConfig(**SIZES, hidden_dropout_prob=0.5),),
     "clvp.ClvpGatedLinearUnit": (ClvpEncoderConfig(hidden_size=32, intermediate_size=37),),
 }
 

@@ -30,8 +30,8 @@ OTHERS = {
     "roberta_prelayernorm": ["RobertaPreLayerNormIntermediate"],
     "deberta": ["ContextPooler"],
     "beit": ["BeitPooler"],
-    "nomic_bert": ["NomicBertMLP"],
-    "llama": ["LlamaMLP"],
+    "mt5": ["MT5DenseGatedActDense"],
+    "seed_oss": ["SeedOssMLP"],
     "bert": ["BertLayer", "BertSelfOutput", "BertOutput"],
     "albert": ["AlbertModel"],
 }
@@ -105,6 +105,22 @@ def test_pooling_and_functions_are_steps() -> None:
 )
 def test_other_statements_are_no_chain(body: str) -> None:
     assert chain(f"def forward(self, x):\n  {body}") is None
+
+
+def test_a_product_with_another_layer_is_a_step() -> None:
+    body = "self.down(self.act(self.gate(x)) * self.up(x))"
+    assert chain(f"def f(self, x):\n  return {body}") == ("gate", "act", "*up", "down")
+    for other in (
+        "self.down(self.up(x) * self.act(self.gate(x)))",
+        "self.down(self.act(self.gate(x)) * self.up(y))",
+        "self.down(self.act(self.gate(x)) * self.up(self.up(x)))",
+        "self.down(self.act(self.gate(x)) * x)",
+        "self.down(self.act(self.gate(x)) * gelu(x))",
+        "self.down(self.act(self.gate(x)) * x[:, 0])",
+        "self.down(self.act(self.gate(x)) * 2)",
+        "self.down(self.act(self.gate(x)) + self.up(x))",
+    ):
+        assert chain(f"def f(self, x):\n  return {other}") is None
 
 
 @pytest.mark.parametrize(
