@@ -59,7 +59,7 @@ def _product_pointer(
     ks = offs_k.to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
     w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
-    to_b = N.to(tl.int64) * stride_wn
+    to_b = tl.cast(N, tl.int64) * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_b = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):

@@ -154,7 +154,8 @@ def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
     if not statements:
         return None
     *assignments, last = statements
-    owner, current = names[0], (names[1],)
+    owner = names[0]
+    current: tuple[str, ...] = (names[1],)
     chain: list[str] = []
     for statement in assignments:
         match statement:

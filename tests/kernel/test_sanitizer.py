@@ -155,8 +155,8 @@ FAULTS = {
     ),
     "gated: rows of W one half too far": (
         "gated",
-        "to_b = N.to(tl.int64) * stride_wn",
-        "to_b = (N + 1).to(tl.int64) * stride_wn",
+        "to_b = tl.cast(N, tl.int64) * stride_wn",
+        "to_b = tl.cast(N + 1, tl.int64) * stride_wn",
         READS,
     ),
     "gated: bias of the second half without mask": (
