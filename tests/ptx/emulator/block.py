@@ -104,6 +104,9 @@ class Block:
                     return np.where(taken, self._target(ins), at + 1)
             elif ins.parts[0] == "ret":
                 return None
+            elif ins.op == "bar.warp.sync":
+                self._check_warps(ins, None)
+                at += 1
             elif ins.parts[0] in ("bar", "barrier"):
                 self._check_barrier(ins)
                 self.clocks.join()
@@ -150,6 +153,8 @@ class Block:
             places[acting if taken is None else taken] = self._target(ins)
         elif ins.parts[0] == "ret":
             self.alive &= ~acting
+        elif ins.op == "bar.warp.sync":
+            self._check_warps(ins, acting)
         elif ins.parts[0] in ("bar", "barrier"):
             self._check_barrier(ins)
             if ins.converged and (acting.reshape(-1, 32).any(1) != acting.reshape(-1, 32).all(1)).any():
@@ -173,6 +178,12 @@ class Block:
     def _check_barrier(self, ins: Instruction) -> None:
         if ins.op not in ("bar.sync", "barrier.sync") or ins.args != ["0"]:
             raise ins.error(f"{ins.op} is not emulated for other barriers than 0 and for a part of the block")
+
+    def _check_warps(self, ins: Instruction, acting: Array | None) -> None:
+        """A barrier of whole warps orders nothing here: the clocks know a warp's threads as one agent."""
+        parts = acting is not None and (acting.reshape(-1, 32).any(1) != acting.reshape(-1, 32).all(1)).any()
+        if parts or ins.args not in (["-1"], ["0xffffffff"]):
+            raise ins.error("bar.warp.sync is not emulated for a part of a warp")
 
     def _guard(self, ins: Instruction, mask: Array | None) -> Array | None:
         """Return which of the threads execute an instruction; None for all of the block."""
