@@ -20,6 +20,9 @@ RAGGED_SHAPES = ((32, 128, True), (256, 128, True), (32, 512, True))
 MODEL_SHAPES = ((32, 128, False), *RAGGED_SHAPES, (1, 128, False), (8, 128, False), (256, 128, False))
 MODEL_SHAPES += ((32, 512, False),)
 
+# Gated MLPs: K, and N, the rows of the weight that has both halves.
+GATED = {"ModernBERT-base": (768, 2304), "ModernBERT-large": (1024, 5248)}
+
 # The shapes of tritonbench's operator inductor_fused_linear_gelu: batch 4 of sequence 2048, N = 4 K.
 TRITONBENCH = tuple((8192, 4 * K, K) for K in (1024, 2048, 4096, 8192))
 
@@ -36,10 +39,11 @@ CPU_DTYPES = ("float32", "bfloat16")
 class Case:
     """One line of the report. ``M``, ``N`` and ``K`` are those of ``[M, K] @ [N, K].T``.
 
-    model: the model with this shape. activation: the module's, as ``linear_act`` names it. dtype: a torch dtype, or
-    "tf32" for float32 with TF32 products. batch and sequence: of a pooler's or a model's input. ragged: the sequences
-    of a model's batch differ in length. median: of those lengths, as a share of the longest; a record has the fill that
-    results. head: the model is a sequence classifier, such as a cross-encoder, and its logits are the output.
+    model: the model with this shape. activation: the module's, as the operator names it, for a gated one as in
+    ``kernels/gated.py``. dtype: a torch dtype, or "tf32" for float32 with TF32 products. batch and sequence: of a
+    pooler's or a model's input. ragged: the sequences of a model's batch differ in length. median: of those lengths, as
+    a share of the longest; a record has the fill that results. head: the model is a sequence classifier, such as a
+    cross-encoder, and its logits are the output.
     rivals: "standard"; "compilers" on a CPU, where torch.compile and ONNX Runtime are not among the standard ones; or
     "max-autotune" for the few cases that can afford to compile it.
     """
@@ -88,6 +92,11 @@ def _module(model: str, M: int, dtype: str = "bfloat16", activation: str = "gelu
     return Case(suite, model, dtype, activation, M, N, K)
 
 
+def _gated(model: str, M: int, dtype: str = "bfloat16", suite: str = "modules") -> Case:
+    K, N = GATED[model]
+    return Case(suite, model, dtype, "gelu(a)*b", M, N, K)
+
+
 def _pooler(model: str, batch: int, sequence: int = 128, dtype: str = "bfloat16") -> Case:
     K, _ = MODELS[model]
     return Case("pooler", model, dtype, "tanh", batch, K, K, batch, sequence)
@@ -107,12 +116,15 @@ def _on_gpu() -> Iterator[Case]:
         yield _model(model, 32, 128)
     # One case of each kind comes before a second of any, since a budget of eight minutes may end here.
     yield _module("BERT-base", 8192, suite="training")
+    yield _gated("ModernBERT-base", 8192)
     yield _model("BERT-base", 32, 128, ragged=True)
     yield dataclasses.replace(_model("MiniLM", 32, 512, ragged=True), head=True)  # as a cross-encoder reranks
     for shape in RAGGED_SHAPES:
         yield _model("BERT-base", *shape)
     for M, model in product((8192, 512, 2048, 32768), NAMES):
         yield _module(model, M, suite="training")
+    for suite, M, model in product(("modules", "training"), (8192, 512, 2048, 32), GATED):
+        yield _gated(model, M, suite=suite)
     for shape, model in product(MODEL_SHAPES, NAMES):
         yield _model(model, *shape)
     for median, model in product(OTHER_MEDIANS, NAMES):
@@ -186,3 +198,5 @@ def _on_idle_cpu() -> Iterator[Case]:
     for dtype, median in product(CPU_DTYPES[::-1], (RAGGED_MEDIAN, *OTHER_MEDIANS)):
         yield dataclasses.replace(_model("BERT-base", 32, 128, True, dtype), median=median)
     yield from (_model("BERT-base", 32, 128, dtype=dtype) for dtype in CPU_DTYPES[::-1])
+    for suite in ("modules", "training"):
+        yield _gated("ModernBERT-base", 512, "float32", suite)

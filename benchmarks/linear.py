@@ -1,6 +1,7 @@
 """The suites modules, pooler and training: one linear layer and its activation, ours and every rival's."""
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.compilers import COMPILERS
 from benchmarks.measure import Implementation, Inputs, Problem, each, graphed
 from bert_fused import reference
 from bert_fused.fallback import device_reason
+from bert_fused.kernels.gated import gated_config, parse
 from bert_fused.kernels.lookup import get_config
 from bert_fused.reference import rms_error
 from bert_fused.timing import MIN_CALLS, Call, buffer_count
@@ -31,7 +33,7 @@ def torch_dtype(case: Case) -> torch.dtype:
 
 def problem(case: Case, device: str) -> Problem:
     products = 3 if case.suite == "training" else 1  # forward, d_x and d_weight
-    elements = case.M * case.K + case.N * case.K + case.M * case.N
+    elements = case.M * case.K + case.N * case.K + case.M * columns(case)
     return Problem(
         implementations=rivals(case, device),
         sets=make_inputs(case, device),
@@ -40,6 +42,11 @@ def problem(case: Case, device: str) -> Problem:
         bytes=float(products * torch_dtype(case).itemsize * elements),
         min_calls=min_calls(device),
     )
+
+
+def columns(case: Case) -> int:
+    """Return the width of the result."""
+    return case.N // 2 if parse(case.activation)[1] else case.N
 
 
 def min_calls(device: str) -> int:
@@ -64,7 +71,7 @@ def make_inputs(case: Case, device: str) -> list[Inputs]:
         x, weight, bias = normal(*shape), normal(case.N, case.K, scale=0.02), normal(case.N, scale=0.02)
         if case.suite == "training":
             inputs = tuple(tensor.requires_grad_() for tensor in (x, weight, bias))
-            sets.append((*inputs, normal(case.M, case.N)))
+            sets.append((*inputs, normal(case.M, columns(case))))
         else:
             sets.append((x, weight, bias))
     return sets
@@ -90,8 +97,10 @@ def rivals(case: Case, device: str) -> list[Implementation]:
         Implementation("ours", each(run(ours)), _choice(case, device)),
         Implementation("eager", each(run(eager))),
         Implementation("eager again", each(run(eager))),
-        Implementation("F.linear", each(run(linear)), computes="none"),
     ]
+    if columns(case) == case.N or not training:  # else its result is wider than the gradient
+        found.append(Implementation("F.linear", each(run(linear)), computes="none"))
+    found += _liger(activation, run) if cuda else []
     if case.rivals == "compilers" and not training:
         found += [Implementation(name, _layers(compiler, activation)) for name, compiler in COMPILERS.items()]
     if cuda:
@@ -127,8 +136,27 @@ def _choice(case: Case, device: str) -> str:
     from bert_fused.kernels.runtime import arch_of, name_of
 
     where = torch.device(device)
-    config = get_config(case.M, case.N, case.K, case.dtype, arch_of(where), aligned=True, device=name_of(where))
-    return str(config)
+    arch = arch_of(where)
+    config = get_config(case.M, case.N, case.K, case.dtype, arch, aligned=True, device=name_of(where))
+    return str(config if columns(case) == case.N else gated_config(config, case.M, columns(case), arch))
+
+
+def _liger(activation: str, run: Callable[..., Any]) -> list[Implementation]:
+    """Return Liger's product of the halves, in one pass after the linear layer, if it is installed.
+
+    Its GELU is the tanh form.
+    """
+    name, half = parse(activation)
+    function = {"gelu": "LigerGELUMulFunction", "silu": "LigerSiLUMulFunction"}.get(name)
+    if half != "first" or function is None or importlib.util.find_spec("liger_kernel") is None:
+        return []
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        home = importlib.import_module("liger_kernel.ops." + ("geglu" if name == "gelu" else "swiglu"))
+        a, b = F.linear(rows_of(x), weight, bias).chunk(2, dim=-1)
+        return getattr(home, function).apply(a.contiguous(), b.contiguous())
+
+    return [Implementation("Liger", each(run(call)), computes="gelu_tanh(a)*b" if name == "gelu" else None)]
 
 
 def _addmm_activation(activation: str) -> list[Implementation]:

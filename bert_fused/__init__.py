@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .ops import cls_pool, linear_act
+from .ops import cls_pool, linear_act, linear_glu
 
 if TYPE_CHECKING:
     from .hf.fuse import FuseReport, fuse, fused, unfuse
@@ -21,6 +21,7 @@ __all__ = [
     "fuse",
     "fused",
     "linear_act",
+    "linear_glu",
     "unfuse",
     "verify",
 ]

@@ -1,5 +1,5 @@
-"""Gradients of ``linear_act``: the operator registered with torch, and the Function that puts a launched call into
-autograd's graph.
+"""Gradients of ``linear_act`` and ``linear_glu``: the operator registered with torch, and the Function that puts a
+launched call into autograd's graph.
 
 Both have the same backward. torch.compile traces the operator. An eager call launches first and is recorded by the
 Function, which costs the host a quarter of what the operator costs.
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import reference
 from .fallback import HAS_TRITON, device_reason, forward_ad_is_active
-from .reference import ACTIVATIONS, GRAD_FROM_OUTPUT, NEEDS_PREACT
+from .kernels.gated import parse
+from .reference import ACTIVATIONS, GATED, GRAD_FROM_OUTPUT, NEEDS_PREACT
 
 if HAS_TRITON:
     from .kernels import elementwise
@@ -28,7 +29,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    """Raise TypeError or ValueError for arguments of ``linear_act`` that do not fit, without comparing dtypes."""
+    """Raise TypeError or ValueError for arguments of the operator that do not fit, without comparing dtypes."""
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -38,14 +39,17 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if activation not in ACTIVATIONS and activation not in GATED:
+        name = parse(activation)[0] if isinstance(activation, str) else activation
+        raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}")
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension, got a scalar")
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in K, their last dimension")
+    if activation in GATED and weight.shape[0] % 2:
+        raise ValueError(f"weight must have an even number of rows, two halves, got shape {tuple(weight.shape)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
 
@@ -70,7 +74,10 @@ operator = torch.ops.bert_fused.linear_act_fwd
 def _linear_act_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(out, preact)`` for x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; preact is empty unless saved."""
+    """Return ``(out, preact)`` for x ``[M, K]``, weight ``[N, K]``, bias ``[N]``; preact is empty unless saved.
+
+    out is ``[M, N]``, for a gated activation ``[M, N / 2]``.
+    """
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K], got shape {tuple(x.shape)}")
     # Later eager calls use the plan made here and are not checked again.
@@ -87,8 +94,11 @@ def _linear_act_fwd(
 
 
 def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """Return ``(d_preact, d_bias)`` for d_out and saved ``[M, N]``; d_bias is empty unless ``bias_grad``."""
-    if d_out.shape != saved.shape:
+    """Return ``(d_preact, d_bias)`` for d_out and saved ``[M, N]``; d_bias is empty unless ``bias_grad``.
+
+    For a gated activation saved is ``[M, 2N]``.
+    """
+    if (d_out.shape[0], d_out.shape[1] * (2 if activation in GATED else 1)) != saved.shape:
         raise ValueError(f"d_out {tuple(d_out.shape)} and saved {tuple(saved.shape)} differ in shape")
     if device_reason(saved.device, saved.dtype) is None:
         d_preact, d_bias = elementwise.act_bwd(d_out, saved, activation=activation, bias_grad=bias_grad)
@@ -102,8 +112,9 @@ def _linear_act_bwd(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bo
 def _linear_act_fwd_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape if save_preact else (0,))
+    M, N = x.shape[0], weight.shape[0]
+    out = x.new_empty(M, N // 2 if activation in GATED else N)
+    return out, x.new_empty((M, N) if save_preact else (0,))
 
 
 def _linear_act_bwd_fake(d_out: Tensor, saved: Tensor, activation: str, bias_grad: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""``linear_act`` and ``cls_pool``: check the arguments, and choose the path."""
+"""``linear_act``, ``linear_glu`` and ``cls_pool``: check the arguments, and choose the path."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -6,6 +8,7 @@ from torch import Tensor
 from . import onednn, reference
 from .autograd import check, check_dtypes, launch, operator, record
 from .fallback import HAS_TRITON, device_reason, fallback_reason, interpreted, is_disabled, is_plain, log_once
+from .kernels.gated import HALVES, gated
 from .reference import NEEDS_PREACT
 
 if HAS_TRITON:
@@ -60,6 +63,40 @@ def linear_act(
     return _new_call(x, weight, bias, activation, recompute_preact)
 
 
+def linear_glu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    activated: Literal["first", "second"] = "first",
+    recompute_preact: bool = False,
+) -> Tensor:
+    """Return ``act(a) * b``, where ``a, b = (x @ weight.T + bias).chunk(2, dim=-1)``: a gated MLP's first half.
+
+    In one kernel launch where a fused kernel serves, differentiable; both halves of the weight are read in place.
+
+    Args:
+        x: as for ``linear_act``.
+        weight: ``[2N, K]``: the rows of a, then those of b.
+        bias: ``[2N]`` or None.
+        activation: as for ``linear_act``. ``"silu"`` makes it SwiGLU, ``"none"`` the bilinear unit.
+        activated: ``"second"`` for models that compute ``a * act(b)``.
+        recompute_preact: as for ``linear_act``; here every activation keeps its pre-activation, ``[..., 2N]``.
+
+    Returns:
+        ``[..., N]``, of x's dtype, or of autocast's where autocast is on.
+
+    Raises:
+        TypeError: as ``linear_act``.
+        ValueError: as ``linear_act``; also if the weight's rows do not make two halves, or ``activated`` is none of the
+            two.
+    """
+    if activated not in HALVES:
+        raise ValueError(f"activated must be one of {', '.join(HALVES)}, got {activated!r}")
+    return linear_act(x, weight, bias, gated(activation, activated), recompute_preact=recompute_preact)
+
+
 def cls_pool(
     hidden_states: Tensor,
     weight: Tensor,
@@ -87,15 +124,15 @@ def cls_pool(
     return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
 
 
-def path_name(device: torch.device, dtype: torch.dtype, *, alone: bool = False) -> str:
+def path_name(device: torch.device, dtype: torch.dtype, *, alone: bool = False, gated: bool = False) -> str:
     """Return what serves most calls on tensors of this device and dtype: "Triton", ``ONEDNN``, or PyTorch and why.
 
-    alone: of linear layers without an activation.
+    alone: of linear layers without an activation. gated: calls of ``linear_glu``.
     """
     reason = device_reason(device, dtype)
     if reason is None:
         return "Triton"
-    if device.type == "cpu" and dtype in onednn.from_rows(alone=alone) and not is_disabled():
+    if device.type == "cpu" and not gated and dtype in onednn.from_rows(alone=alone) and not is_disabled():
         return ONEDNN
     return f"PyTorch ({reason})"
 
@@ -126,7 +163,7 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
     if torch.compiler.is_compiling():
         rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
         out: Tensor = operator(rows, weight, bias, activation, save_preact)[0]
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
     outputs = launch(x, weight, bias, activation, save_preact)
     return record(x, weight, bias, activation, outputs)[0] if needs_grad else outputs[0]
 

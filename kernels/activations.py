@@ -155,6 +155,18 @@ def apply_activation(z, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def apply_gated(a, b, ACTIVATION: tl.constexpr, GATED: tl.constexpr, DTYPE: tl.constexpr):
+    """Return ``a * b`` with the activation applied to the half that ``GATED`` names; for "", that of a alone."""
+    if GATED == "first":
+        return apply_activation(a, ACTIVATION, DTYPE) * b
+    elif GATED == "second":
+        return a * apply_activation(b, ACTIVATION, DTYPE)
+    else:
+        tl.static_assert(GATED == "")
+        return apply_activation(a, ACTIVATION, DTYPE)
+
+
+@triton.jit
 def apply_activation_grad(dy, saved, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """Return ``dy`` times the activation's derivative. ``saved``: relu's or tanh's output, else the pre-activation."""
     if ACTIVATION == "gelu":
@@ -168,6 +180,23 @@ def apply_activation_grad(dy, saved, ACTIVATION: tl.constexpr, DTYPE: tl.constex
         return dy * silu_grad(saved)
     elif ACTIVATION == "quick_gelu":
         return dy * quick_gelu_grad(saved)
-    else:
-        tl.static_assert(ACTIVATION == "tanh")
+    elif ACTIVATION == "tanh":
         return dy * (1.0 - saved * saved)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return dy
+
+
+@triton.jit
+def apply_gated_grad(dy, a, b, ACTIVATION: tl.constexpr, GATED: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the gradients of both halves of a gated activation, given the pre-activations and the result's ``dy``."""
+    z = a if GATED == "first" else b
+    factor = b if GATED == "first" else a
+    activated = apply_activation(z, ACTIVATION, DTYPE)
+    saved = activated if ACTIVATION == "relu" or ACTIVATION == "tanh" else z
+    d_z = apply_activation_grad(dy * factor, saved, ACTIVATION, DTYPE)
+    d_factor = dy * activated
+    if GATED == "first":
+        return d_z, d_factor
+    else:
+        return d_factor, d_z

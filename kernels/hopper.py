@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activations import apply_activation
 from .configs import Config
+from .tiles import tile_start
 
 # Triton 3.9 renamed both.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -29,19 +30,6 @@ _store_to = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Registers of a producer's thread; the consumers get what is left of an SM's.
 PRODUCER_REGISTERS = gl.constexpr(24)
-
-
-@gluon.jit
-def _tile_start(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """Return the first row and column of an output tile, in the order of ``linear_act.py``."""
-    num_tiles_m = gl.cdiv(M, BLOCK_M)
-    num_tiles_n = gl.cdiv(N, BLOCK_N)
-    num_tiles_in_group = GROUP_M * num_tiles_n
-    first_tile_m = (tile // num_tiles_in_group) * GROUP_M
-    group_size_m = gl.minimum(num_tiles_m - first_tile_m, GROUP_M)
-    tile_m = first_tile_m + (tile % num_tiles_in_group) % group_size_m
-    tile_n = (tile % num_tiles_in_group) // group_size_m
-    return tile_m * BLOCK_M, tile_n * BLOCK_N
 
 
 @gluon.jit
@@ -54,7 +42,7 @@ def _produce(x_desc, w_desc, xs, ws, ready, empty, M, N, K, GROUP_M: gl.constexp
     num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         for k in range(0, K, BLOCK_K):
             stage = step % STAGES
             # Parity 1 of a fresh barrier counts as past, so the first round waits for nobody.
@@ -85,7 +73,7 @@ def _consume(
     step = GROUP * steps
     turn = 0
     for tile in range(gl.program_id(0) + GROUP * gl.num_programs(0), num_tiles, GROUPS * gl.num_programs(0)):
-        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         if HAS_BIAS:
             offs_n = start_n + gl.arange(0, BLOCK_N, columns)
             bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)

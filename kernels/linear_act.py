@@ -4,7 +4,8 @@ x ``[M, K]``, W ``[N, K]``, b ``[N]``, out and preact ``[M, N]``, all of one dty
 accumulated in fp32; bias and activation are applied to the accumulator, so the result is rounded once. ``preact`` is
 ``x @ W.T + b`` before the activation, stored on request for the backward pass.
 
-The grouped order of tiles is that of Triton's matrix multiplication tutorial.
+For a gated activation (``gated.py``) W is ``[2N, K]``, b ``[2N]`` and preact ``[M, 2N]``: a tile of out comes from two
+accumulators, one for each half of W's rows.
 """
 
 import torch
@@ -13,83 +14,45 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper
-from .activations import apply_activation
 from .configs import Config
 from .elementwise import library_plan
+from .gated import gated_config, parse
 from .lookup import get_config
 from .plan import Launch, Matrix, Outputs, Plan, keep, key_of, plans
 from .runtime import arch_of, name_of, num_sms
-
-
-@triton.jit
-def _tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Return the first row and column of an output tile.
-
-    The order of tiles goes through groups of GROUP_M rows of tiles, so that a group's tiles share W tiles in L2.
-    """
-    num_tiles_m = tl.cdiv(M, BLOCK_M)
-    num_tiles_n = tl.cdiv(N, BLOCK_N)
-    num_tiles_in_group = GROUP_M * num_tiles_n
-    first_tile_m = (tile // num_tiles_in_group) * GROUP_M
-    group_size_m = tl.minimum(num_tiles_m - first_tile_m, GROUP_M)
-    tile_m = first_tile_m + (tile % num_tiles_in_group) % group_size_m
-    tile_n = (tile % num_tiles_in_group) // group_size_m
-    return tile_m * BLOCK_M, tile_n * BLOCK_N
-
-
-@triton.jit
-def _store(
-    acc, out_ptr, preact_ptr, start_m, start_n, M, N,
-    ACTIVATION: tl.constexpr, SAVE_PREACT: tl.constexpr, TMA: tl.constexpr, SUBTILES: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of pre-activations and their activation, in SUBTILES slices of columns one after the other."""
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    if SUBTILES > 1:
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        middle = start_n + BLOCK_N // 2
-        _store(left, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES // 2)
-        _store(right, out_ptr, preact_ptr, start_m, middle, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES // 2)
-    elif TMA:
-        if SAVE_PREACT:
-            preact_ptr.store([start_m, start_n], acc.to(preact_ptr.dtype))
-        out_ptr.store([start_m, start_n], apply_activation(acc, ACTIVATION, out_ptr.dtype).to(out_ptr.dtype))
-    else:
-        # One 64-bit base for the tile and 32-bit offsets inside it: 64-bit offsets per element would spill.
-        rows = tl.arange(0, BLOCK_M)[:, None]
-        cols = tl.arange(0, BLOCK_N)[None, :]
-        base = start_m.to(tl.int64) * N + start_n
-        offs = rows * N + cols
-        mask = (start_m + rows < M) & (start_n + cols < N)
-        if SAVE_PREACT:
-            tl.store(preact_ptr + base + offs, acc.to(preact_ptr.dtype.element_ty), mask=mask)
-        out = apply_activation(acc, ACTIVATION, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + base + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+from .tiles import store, tile_start
 
 
 @triton.jit
 def _product_tma(
-    x_desc, w_desc, start_m, start_n, K,
-    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_desc, w_desc, start_m, start_n, N, K,
+    GATED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of ``x @ W.T``, loaded through descriptors, which read zeros outside of x and W."""
+    """Return a tile of ``x @ W.T`` and, if GATED, the one N columns further right.
+
+    Loads through descriptors, which read zeros outside of x and W.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_b = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([start_m, k])
         w = w_desc.load([start_n, k])
         acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)
-    return acc
+        if GATED != "":
+            w_b = w_desc.load([N + start_n, k])
+            acc_b = tl.dot(x, w_b.T, acc_b, input_precision=INPUT_PRECISION)
+    return acc, acc_b
 
 
 @triton.jit
 def _product_pointer(
     x_ptr, w_ptr, start_m, start_n, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk,
-    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    GATED: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of ``x @ W.T``, loaded through pointers."""
+    """Return the same as ``_product_tma``, but load through pointers."""
     # Rows past the end read the last one again and are dropped when stored: masks would cost registers.
     rows = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     cols = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -97,7 +60,9 @@ def _product_pointer(
     ks = offs_k.to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
     w_ptrs = w_ptr + cols[None, :] * stride_wn + ks[:, None] * stride_wk
+    to_b = tl.cast(N, tl.int64) * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_b = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -107,9 +72,12 @@ def _product_pointer(
             x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        if GATED != "":
+            w_b = tl.load(w_ptrs + to_b) if EVEN_K else tl.load(w_ptrs + to_b, mask=mask_k[:, None], other=0.0)
+            acc_b = tl.dot(x, w_b, acc_b, input_precision=INPUT_PRECISION)
         x_ptrs += tl.cast(stride_xk, tl.int64) * BLOCK_K
         w_ptrs += tl.cast(stride_wk, tl.int64) * BLOCK_K
-    return acc
+    return acc, acc_b
 
 
 @triton.jit
@@ -117,15 +85,16 @@ def linear_act_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, preact_ptr,
     M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PREACT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PREACT: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PERSISTENT: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Write ``act(x @ W.T + b)`` to out and, if SAVE_PREACT, ``x @ W.T + b`` to preact.
 
-    With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused. The grid has a
-    block per tile, or any number of blocks if PERSISTENT. K is at least 1.
+    GATED: the half that is activated, "first" or "second", of W's 2N rows; "" if W has N rows.
+    With TMA, x_ptr, w_ptr, out_ptr and preact_ptr are tensor descriptors, and the strides are unused; if GATED, N is a
+    multiple of BLOCK_N then. The grid has a block per tile, or any number of blocks if PERSISTENT. K is at least 1.
     """
     # Without this the compiler guards the loop over K, and behind that guard ptxas 12.8 (Triton 3.6) serializes wgmma.
     tl.assume(K > 0)
@@ -136,22 +105,28 @@ def linear_act_fwd_kernel(
         first, stop, step = 0, 1, 1  # constants: the compiler drops the loop
     for index in range(first, stop, step):
         tile = index if PERSISTENT else tl.program_id(0)
-        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         # Loaded before the product and added after it, so that no thread waits for the bias: if the sum started with
         # the bias, the first tiles would wait for one latency of memory.
         if HAS_BIAS:
             offs_n = start_n + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+            if GATED != "":
+                bias_b = tl.load(bias_ptr + N + offs_n, mask=offs_n < N, other=0.0)
         if TMA:
-            acc = _product_tma(x_ptr, w_ptr, start_m, start_n, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            acc, acc_b = _product_tma(
+                x_ptr, w_ptr, start_m, start_n, N, K, GATED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            )
         else:
-            acc = _product_pointer(
+            acc, acc_b = _product_pointer(
                 x_ptr, w_ptr, start_m, start_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                GATED, EVEN_K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         if HAS_BIAS:
             acc += bias.to(tl.float32)[None, :]
-        _store(acc, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, SAVE_PREACT, TMA, SUBTILES)
+            if GATED != "":
+                acc_b += bias_b.to(tl.float32)[None, :]
+        store(acc, acc_b, out_ptr, preact_ptr, start_m, start_n, M, N, ACTIVATION, GATED, SAVE_PREACT, TMA, SUBTILES)
 
 
 def linear_act_fwd(
@@ -165,8 +140,9 @@ def linear_act_fwd(
 ) -> Outputs:
     """Return ``(out, preact)``, both contiguous ``[..., N]`` and in no graph; preact is None unless ``save_preact``.
 
-    x ``[..., K]`` and weight ``[N, K]`` may have any strides. A given ``config`` is used instead of the tables and the
-    kept plans; one for TMA needs every row of x, weight and out on a 16-byte boundary.
+    x ``[..., K]`` and weight ``[N, K]`` may have any strides. For a gated activation weight is ``[2N, K]`` and preact
+    ``[..., 2N]``. A given ``config`` is used instead of the tables and the kept plans; one for TMA needs every row of
+    x, weight and out on a 16-byte boundary and, for a gated activation, N to be a multiple of its ``block_n``.
     """
     if config is not None:
         return _make_plan(x, weight, bias, activation, save_preact, config)(x, weight, bias)
@@ -184,18 +160,21 @@ def _make_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool, config: Config | None
 ) -> Plan:
     """Return a function of x, weight and bias that serves this call and every call with the same key."""
-    N, K = weight.shape
+    width, K = weight.shape
+    half = parse(activation)[1]
+    N = width // 2 if half else width
     M = x.shape[:-1].numel()
-    shape = (*x.shape[:-1], N)
+    shape, preact_shape = (*x.shape[:-1], N), (*x.shape[:-1], width)
     if M == 0 or N == 0:
-        return lambda x, *_: (x.new_empty(shape), x.new_empty(shape) if save_preact else None)
+        return lambda x, *_: (x.new_empty(shape), x.new_empty(preact_shape) if save_preact else None)
     rows = x.detach().reshape(M, K)
     if config is None:
         aligned = _is_aligned(rows, N) and _is_aligned(weight, N)
         precision, arch, device = _precision(x.dtype), arch_of(x.device), name_of(x.device)
-        config = get_config(M, N, K, precision, arch, aligned=aligned, device=device)
+        config = get_config(M, width, K, precision, arch, aligned=aligned, device=device)
+        config = gated_config(config, M, N, arch) if half else config
     if config.kernel == "library" or K == 0:  # a product of nothing is the bias, and the kernel assumes K > 0
-        return library_plan(M * N, activation, save_preact)
+        return library_plan(shape, activation, save_preact)
 
     launch = _launch_of(rows, weight, bias, activation, save_preact, config)
     copies_x = rows.data_ptr() != x.data_ptr()
@@ -207,7 +186,7 @@ def _make_plan(
         if copies_bias and bias is not None:
             bias = bias.contiguous()
         out = x.new_empty(*shape)  # a tuple would take longer
-        preact = torch.empty_like(out) if save_preact else None
+        preact = x.new_empty(*preact_shape) if save_preact else None
         launch(x, weight, bias, out, preact)
         return out, preact
 
@@ -218,7 +197,9 @@ def _launch_of(
     rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preact: bool, config: Config
 ) -> Launch:
     """Return a launch of the kernel that takes ``(x, weight, bias, out, preact)``. rows: x as ``[M, K]``."""
-    (M, K), N = rows.shape, weight.shape[0]
+    (M, K), width = rows.shape, weight.shape[0]
+    name, half = parse(activation)
+    N = width // 2 if half else width
     num_blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if config.persistent:
         num_blocks = min(num_blocks, config.persistent * num_sms(rows.device))
@@ -229,19 +210,20 @@ def _launch_of(
             layout = hopper.layout_of(config.dtype, [*block_shape]) if config.kernel == "hopper" else None
             return Matrix(shape, [*strides], [*block_shape], layout)
 
-        out_matrix = matrix([M, N], (N, 1), config.block_m, config.block_n // config.subtiles)
+        stored = config.block_m, config.block_n // config.subtiles
         matrices = (
             matrix([M, K], rows.stride(), config.block_m, config.block_k),
-            matrix([N, K], weight.stride(), config.block_n, config.block_k),
+            matrix([width, K], weight.stride(), config.block_n, config.block_k),
             None,
-            out_matrix,
-            out_matrix,
+            matrix([M, N], (N, 1), *stored),
+            matrix([M, width], (width, 1), *stored),
         )
     if config.kernel == "hopper":
         constants = hopper.constants_of(config, activation, bias is not None, save_preact)
         return Launch(hopper.linear_act_hopper_kernel, num_blocks, (M, N, K), constants, matrices)
     constants = {
-        "ACTIVATION": activation,
+        "ACTIVATION": name,
+        "GATED": half,
         "HAS_BIAS": bias is not None,
         "SAVE_PREACT": save_preact,
         "EVEN_K": K % config.block_k == 0,

@@ -144,7 +144,7 @@ class Launch:
         self,
         kernel: Any,
         num_blocks: int,
-        numbers: tuple[int, ...],
+        numbers: tuple[int | None, ...],
         constants: dict[str, Any],
         matrices: tuple[Matrix | None, ...] | None = None,
     ) -> None:

@@ -13,6 +13,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from bert_fused.kernels import elementwise, hopper, linear_act
 from bert_fused.kernels.configs import Config
+from bert_fused.kernels.gated import parse
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "fp32"}
 # Triton makes a kernel for one row, one for multiples of 16, and one for all other numbers of rows.
@@ -64,7 +65,7 @@ def compile_linear(
     constants: dict[str, Any] = {
         "stride_xk": 1,
         "stride_wk": 1,
-        "ACTIVATION": activation,
+        **gating(activation),
         "HAS_BIAS": bias,
         "SAVE_PREACT": save_preact,
         "EVEN_K": even_k,
@@ -93,18 +94,26 @@ def compile_linear(
     )
 
 
+def gating(activation: str) -> dict[str, Any]:
+    """Return the two constexprs of a kernel for an activation's name, which may be a gated one's."""
+    name, half = parse(activation)
+    return {"ACTIVATION": name, "GATED": half}
+
+
 def compile_pass(dtype: str, arch: int, *, activation: str) -> Compiled:
-    constants = {"ACTIVATION": activation, "BLOCK": elementwise.FWD_BLOCK}
+    constants = gating(activation) | {"BLOCK": elementwise.FWD_BLOCK}
+    constants |= {} if constants["GATED"] else {"N": None}
     return compile_kernel(elementwise.act_fwd_kernel, dtype, arch, constants, {})
 
 
 def compile_grad(dtype: str, arch: int, *, activation: str) -> Compiled:
+    gates = gating(activation)
     constants = {
         "stride_dn": 1,
-        "ACTIVATION": activation,
+        **gates,
         "BIAS_GRAD": True,
         "ROWS_PER_PROGRAM": elementwise.MAX_ROWS_PER_PROGRAM,
-        "BLOCK_M": elementwise.BLOCK_M,
+        "BLOCK_M": elementwise.GATED_BLOCK_M if gates["GATED"] else elementwise.BLOCK_M,
         "BLOCK_N": elementwise.BLOCK_N,
     }
     return compile_kernel(elementwise.act_bwd_kernel, dtype, arch, constants, {}, ("M",))

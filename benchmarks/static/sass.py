@@ -6,6 +6,7 @@ Exits with 1 if a kernel exceeds a limit of docs/design/kernels.md.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from bert_fused.kernels import elementwise, linear_act
 from bert_fused.kernels.configs import SHARED_MEMORY, Config
+from bert_fused.kernels.gated import gated, gated_configs
 from bert_fused.kernels.lookup import MAX_M, get_config, load_table, shipped_configs
 from bert_fused.tune.candidates import (
     LATENCY,
@@ -45,6 +47,8 @@ MODEL_SHAPES = tuple((n, k) for k, wide in MODELS.values() for n in (wide, k))
 # BERT-base: the shape whose time is modelled for configurations that serve any N and K, and for the passes.
 N, K = 3072, 768
 PASS_ROWS = 8192
+# ModernBERT-base: the product of both halves, whose time is modelled for gated activations.
+GATED_SHAPE = (8192, 2304, 768)
 # The most instructions per element from the end of the loop over K to the exit (bias, activation, cast, store, teardown
 # of the pipeline), in the configuration below; by dtype, activation, and whether the pre-activation is stored.
 EPILOGUE_BUDGET = {
@@ -78,8 +82,21 @@ def inspect_arch(arch: int, offered: bool = True) -> Iterator[dict[str, Any]]:
             row = linear_row(config, arch, "gelu", True, 17, code=False) | linear_times(config, shape, arch)
             row |= {"offered": True, "intended_ctas": max(config.persistent, 1)}
             yield row | {"shared_estimate": shared_bytes(config, arch)}
+    for config in gated_configs(arch):
+        yield from gated_rows(config, arch)
     for dtype in ("float16", "bfloat16", "float32"):
         yield from pass_rows(dtype, arch)
+
+
+def gated_rows(config: Config, arch: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a configuration for gated activations. It may need what a tile twice as wide needs."""
+    wide = dataclasses.replace(config, block_n=2 * config.block_n)
+    expected = {"intended_ctas": resident_blocks(wide, arch), "shared_estimate": shared_bytes(wide, arch)}
+    expected |= linear_times(wide, GATED_SHAPE, arch) | {"gated": True}
+    variants = [(name, True, 17, name == "gelu") for name in activations_to_check(config.dtype)]
+    for name, save_preact, rows, code in (*variants, ("gelu", False, 16, False)):
+        code = code and is_wgmma(config, arch)
+        yield linear_row(config, arch, gated(name, "first"), save_preact, rows, code=code) | expected
 
 
 def shipped_rows(config: Config, arch: int) -> Iterator[dict[str, Any]]:
@@ -107,7 +124,7 @@ def pass_rows(dtype: str, arch: int) -> Iterator[dict[str, Any]]:
     shared = {"arch": arch, "dtype": dtype, "config": "", "save_preact": False, "triton": triton.__version__}
     counted = (arch, dtype) in DERIVATIVE_COUNTED
     relu = inspect(compile_grad(dtype, arch, activation="relu"), arch, GRAD_TILE) if counted else {}
-    for activation in activations_to_check(dtype):
+    for activation in (*activations_to_check(dtype), gated("gelu", "first")):
         row = shared | {"activation": activation}
         stats = inspect(compile_pass(dtype, arch, activation=activation), arch, code=False)
         yield row | of_kernel("act_fwd") | stats | pass_times(2, dtype, arch)

@@ -89,7 +89,7 @@ def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
 def path_of(module: nn.Module, block: Block) -> str:
     """Return which path a fused module takes on its weight's device, as the report prints it."""
     weight: Tensor = getattr(module, block.linear).weight
-    path = path_name(weight.device, weight.dtype)
+    path = path_name(weight.device, weight.dtype, gated=bool(block.half))
     return f"{path} in eval mode, since dropout comes first" if block.dropout else path
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertPooler
 
 from ..guards import is_defined_in, original_of
+from ..kernels.gated import gated
 from ..ops import cls_pool, linear_act
 from ..unpad.attention import FusedAttention, FusedOutput, FusedSelfAttention
 from ..unpad.encoder import PREFIXES, FusedEncoder
@@ -46,7 +47,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
     if not is_defined_in(read, original.__module__):
         return read
     name, first, dropout = block.method, block.first, block.dropout
-    linear_name, function_name = block.linear, block.activation
+    linear_name, function_name, half = block.linear, block.activation, block.half
 
     @functools.wraps(read)  # Hugging Face looks at the signature
     def method(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
@@ -56,7 +57,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
         now = getattr(original, name)
         if now is not read or len(args) != 1 or kwargs or (dropout and dropout_is_active(self)):
             return now(self, *args, **kwargs)
-        hidden = args[0]
+        given = hidden = args[0]
         children = attributes["_modules"]  # getattr would take ten times as long
         linear, function = children.get(linear_name), children.get(function_name)
         if function is None:
@@ -69,11 +70,15 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # a replica of DataParallel
             weight, bias = linear.weight, linear.bias
+        if half:
+            activation = gated(activation, half)
         product = cls_pool if first else linear_act
         if attributes.get("recompute_preact"):
             hidden = product(hidden, weight, bias, activation, recompute_preact=True)
         else:
             hidden = product(hidden, weight, bias, activation)
+        if block.times:
+            hidden = hidden * getattr(self, block.times)(given)
         for step in block.rest:
             hidden = getattr(self, step)(hidden)
         return hidden

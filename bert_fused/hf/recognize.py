@@ -1,8 +1,9 @@
 """Recognise the modules of transformers that can be fused: those whose class's own code is a known chain of steps.
 
 A chain is the steps that a method applies to its one argument, in order, under any names of variables: ``x[:, 0]`` is
-the step "[:,0]", ``self.dense(x)`` is "dense", ``torch.tanh(x)`` is "torch.tanh()". Code that does anything else is no
-chain, and its class is left alone. Nothing here runs when a module is called.
+the step "[:,0]", ``self.dense(x)`` is "dense", ``torch.tanh(x)`` is "torch.tanh()". With ``a, b = x.chunk(2, dim=-1)``
+the step ``self.act(a) * b`` is "act(a)*b"; ``self.act(self.gate(x)) * self.up(x)`` is "gate act *up". Code that does
+anything else is no chain, and its class is left alone. Nothing here runs when a module is called.
 """
 
 import ast
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..guards import class_is_patched, is_defined_in
+from ..kernels.gated import gated, parse
 
 # The known chains, by the method that has them. Fusing joins linear layer and activation; later steps stay unchanged.
 _CHAINS = {
@@ -37,6 +39,13 @@ _CHAINS = {
         "[:,0] dropout dense torch.tanh() dropout out_proj",  # RoBERTa's classification head
         "[:,0] dropout dense activation dropout out_proj",  # ELECTRA's
         "dropout dense torch.tanh() dropout out_proj",  # BART's
+        "Wi act(a)*b drop Wo",  # ModernBERT
+        "gate_up_proj activation_fn(a)*b down_proj",  # Phi-3 and 9 others
+        "input_linear activation(a)*b output_linear",  # Granite's shared experts
+        "fc1 a*activation_fn(b) fc2",  # Moonshine
+        "proj a*activation_fn(b)",  # CLVP
+        "gate_proj act_fn *up_proj down_proj",  # NomicBERT, and Llama and its kin
+        "gate_proj act_fn *up_proj dropout down_proj",  # GTE
     ),
     "ff_chunk": (
         "lin1 activation lin2 dropout",  # DistilBERT
@@ -58,7 +67,8 @@ class Block(NamedTuple):
 
     method: the name of the method. first: the chain begins with position 0. dropout: the attribute ``dropout`` comes
         next. linear, activation: attributes of the module; a name that ends in "()" is a function of its file. rest:
-        attributes that are called one after the other on the result.
+        attributes that are called one after the other on the result. half: of a gated activation (``kernels/gated.py``)
+        the half that is activated. times: the attribute whose result for the same input is multiplied in before rest.
     """
 
     method: str
@@ -67,14 +77,18 @@ class Block(NamedTuple):
     linear: str
     activation: str
     rest: tuple[str, ...]
+    half: str = ""
+    times: str = ""
 
 
 def _block(method: str, chain: str) -> Block:
     steps = chain.split()
     first = steps[0] == _FIRST
     dropout = steps[first] == _DROPOUT
-    linear, activation, *rest = steps[first + dropout :]
-    return Block(method, first, dropout, linear, activation, tuple(rest))
+    linear, step, *rest = steps[first + dropout :]
+    activation, half = parse(step)
+    times = rest.pop(0)[1:] if rest and rest[0].startswith("*") else ""
+    return Block(method, first, dropout, linear, activation, tuple(rest), half, times)
 
 
 _BLOCKS: dict[tuple[str, tuple[str, ...] | None], Block] = {
@@ -140,28 +154,71 @@ def read_chain(definition: ast.FunctionDef) -> tuple[str, ...] | None:
     if not statements:
         return None
     *assignments, last = statements
-    owner, current = names
+    owner = names[0]
+    current: tuple[str, ...] = (names[1],)
     chain: list[str] = []
     for statement in assignments:
         match statement:
-            case ast.Assign([ast.Name(target)], value) if target != owner:
-                steps = _steps(value, owner, current)
+            case ast.Assign([ast.Name() | ast.Tuple() as target], value) if owner not in _names(target):
+                halved = _halved(value)
+                steps = _steps(halved or value, owner, current)
             case _:
                 return None
-        if steps is None:
+        current = _names(target)
+        if halved is not None and len(current) == 1:  # both halves under one name
+            current = (f"{current[0]}[0]", f"{current[0]}[1]")
+        if steps is None or len(set(current)) != (2 if halved is not None else 1):
             return None
-        chain, current = chain + steps, target
+        chain += steps
     steps = _steps(last.value, owner, current) if isinstance(last, ast.Return) else None
     return (*chain, *steps) if steps is not None else None
 
 
-def _steps(value: ast.expr | None, owner: str, current: str) -> list[str] | None:
-    """Return the steps that an expression applies to the variable ``current``, the first one first, or None."""
+def _names(target: ast.expr) -> tuple[str, ...]:
+    """Return the names of the variables that are assigned; none if anything else is."""
+    parts = target.elts if isinstance(target, ast.Tuple) else [target]
+    names = tuple(part.id for part in parts if isinstance(part, ast.Name))
+    return names if len(names) == len(parts) else ()
+
+
+def _halved(value: ast.expr) -> ast.expr | None:
+    """Return what an expression splits in two along the last dimension; None if it does something else."""
+    match value:
+        case ast.Call(ast.Attribute(inner, "chunk"), arguments, keywords):
+            given = [ast.unparse(argument) for argument in (*arguments, *keywords)]
+            return inner if given in (["2", "dim=-1"], ["2", "-1"]) else None
+    return None
+
+
+def _gate(left: ast.expr, right: ast.expr, owner: str, halves: tuple[str, ...]) -> str | None:
+    """Return the step that multiplies two halves, one of them activated; None if the factors are anything else."""
+    for activated, factor in ((left, right), (right, left)):
+        match activated:
+            case ast.Call(ast.Attribute(ast.Name(name), activation), [argument], []) if name == owner:
+                found = (ast.unparse(argument), ast.unparse(factor))
+                if found in (halves, halves[::-1]):
+                    return gated(activation, "first" if found == halves else "second")
+    return None
+
+
+def _steps(value: ast.expr | None, owner: str, current: tuple[str, ...]) -> list[str] | None:
+    """Return the steps that an expression applies to the variable ``current``, the first one first, or None.
+
+    current: its name, or those of both halves that it was split into.
+    """
     steps: list[str] = []
     while True:
         match value:
-            case ast.Name(name) if name == current:
+            case ast.Name(name) if (name,) == current:
                 return steps[::-1]
+            case ast.BinOp(left, ast.Mult(), right) if len(current) == 2:
+                step = _gate(left, right, owner, current)
+                return [step, *steps[::-1]] if step is not None else None
+            case ast.BinOp(left, ast.Mult(), right):
+                match _steps(left, owner, current), _steps(right, owner, current):
+                    case [linear, activation], [other] if other.isidentifier():
+                        return [linear, activation, f"*{other}", *steps[::-1]]
+                return None
             case ast.Subscript(inner, index) if ast.unparse(index).strip("()") in (":, 0", ":, 0, :"):
                 steps.append(_FIRST)
             case ast.Call(ast.Attribute(ast.Name(name), attribute), [inner], []) if name == owner:

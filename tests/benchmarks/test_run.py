@@ -17,6 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import linear, records, report, run
 from benchmarks.cases import SUITES, Case, cases
 from benchmarks.records import default_path, environment, parse
+from bert_fused.tune.shapes import MODELS
 
 CASE = Case("modules", "MiniLM", "float32", "gelu", 48, 96, 64)
 ROOT = Path(__file__).parents[2]
@@ -266,11 +267,11 @@ def test_cases_cover_every_shape_dtype_and_activation() -> None:
     ranked = cases(SUITES, "cuda", quick=False)
     rows = {1, 8, 32, 77, 128, 512, 1000, 2048, 4096, 5003, 8192, 16384, 32768}
     for suite in ("modules", "training"):
-        found = {
-            (c.K, c.N, c.M, c.dtype, c.activation) for c in ranked if c.suite == suite and c.model != "tritonbench"
-        }
+        found = {(c.K, c.N, c.M, c.dtype, c.activation) for c in ranked if c.suite == suite and c.model in MODELS}
         assert len(found) == 3 * len(rows) * 4 * 3
         assert {M for *_, M, _, _ in found} == rows
+        gated = {(c.K, c.N, c.M) for c in ranked if c.suite == suite and c.activation == "gelu(a)*b"}
+        assert gated == {(*shape, M) for shape in ((768, 2 * 1152), (1024, 2 * 2624)) for M in (32, 512, 2048, 8192)}
     poolers = {(c.batch, c.sequence) for c in ranked if c.suite == "pooler" and c.dtype == "bfloat16"}
     assert poolers == {(2**i, sequence) for i in range(11) for sequence in (128, 512)}
     encoders = {(c.model, c.batch, c.sequence, c.ragged) for c in ranked if c.suite == "models"}

@@ -15,9 +15,16 @@ from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
     BertConfig,
+    ClvpEncoderConfig,
     DistilBertConfig,
     ElectraConfig,
     EsmConfig,
+    GraniteMoeSharedConfig,
+    GteConfig,
+    ModernBertConfig,
+    MoonshineConfig,
+    NomicBertConfig,
+    Phi3Config,
     RobertaConfig,
     Wav2Vec2Config,
 )
@@ -31,6 +38,7 @@ from bert_fused.hf import modules
 from bert_fused.hf.recognize import _BLOCKS, INTERMEDIATE, POOLER, block_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "vocab_size": 40, "pad_token_id": 0}
+MOONSHINE = {key: size for key, size in SIZES.items() if key != "num_attention_heads"}
 ALBERT = AlbertConfig(**SIZES, embedding_size=32)
 
 # One class of each block but BertIntermediate's and BertPooler's, and what to make it of.
@@ -49,6 +57,13 @@ COUSINS = {
     "roberta.RobertaLMHead": (RobertaConfig(**SIZES),),
     "roberta.RobertaClassificationHead": (RobertaConfig(**SIZES, hidden_dropout_prob=0.5),),
     "bart.BartClassificationHead": (32, 32, 3, 0.5),
+    "modernbert.ModernBertMLP": (ModernBertConfig(**SIZES, mlp_bias=True, mlp_dropout=0.5),),
+    "phi3.Phi3MLP": (Phi3Config(**SIZES),),
+    "granitemoeshared.GraniteMoeSharedMLP": (GraniteMoeSharedConfig(**SIZES, shared_intermediate_size=37),),
+    "moonshine.MoonshineDecoderMLP": (MoonshineConfig(**MOONSHINE), "silu"),
+    "nomic_bert.NomicBertMLP": (NomicBertConfig(**SIZES),),
+    "gte.GteMLP": (GteConfig(**SIZES, hidden_dropout_prob=0.5),),
+    "clvp.ClvpGatedLinearUnit": (ClvpEncoderConfig(hidden_size=32, intermediate_size=37),),
 }
 
 HEADS = [name for name in COUSINS if name.endswith("ClassificationHead")]
@@ -171,7 +186,10 @@ def test_recompute_preact_launches_the_forward_kernel_twice(launches: list[str])
     assert_runs(["linear_act_fwd", *KERNELS], ours, theirs, launches)
 
 
-@pytest.mark.parametrize("name", ["distilbert.FFN", "esm.EsmIntermediate", "roberta.RobertaClassificationHead"])
+@pytest.mark.parametrize(
+    "name",
+    ["distilbert.FFN", "esm.EsmIntermediate", "roberta.RobertaClassificationHead", "modernbert.ModernBertMLP"],
+)
 def test_compiled_cousins_are_one_graph(name: str) -> None:
     torch._dynamo.reset()
     ours, theirs = twins(name)

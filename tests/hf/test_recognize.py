@@ -30,9 +30,8 @@ OTHERS = {
     "roberta_prelayernorm": ["RobertaPreLayerNormIntermediate"],
     "deberta": ["ContextPooler"],
     "beit": ["BeitPooler"],
-    "modernbert": ["ModernBertMLP"],
-    "nomic_bert": ["NomicBertMLP"],
-    "llama": ["LlamaMLP"],
+    "mt5": ["MT5DenseGatedActDense"],
+    "seed_oss": ["SeedOssMLP"],
     "bert": ["BertLayer", "BertSelfOutput", "BertOutput"],
     "albert": ["AlbertModel"],
 }
@@ -105,6 +104,65 @@ def test_pooling_and_functions_are_steps() -> None:
     ],
 )
 def test_other_statements_are_no_chain(body: str) -> None:
+    assert chain(f"def forward(self, x):\n  {body}") is None
+
+
+def test_a_product_with_another_layer_is_a_step() -> None:
+    body = "self.down(self.act(self.gate(x)) * self.up(x))"
+    assert chain(f"def f(self, x):\n  return {body}") == ("gate", "act", "*up", "down")
+    for other in (
+        "self.down(self.up(x) * self.act(self.gate(x)))",
+        "self.down(self.act(self.gate(x)) * self.up(y))",
+        "self.down(self.act(self.gate(x)) * self.up(self.up(x)))",
+        "self.down(self.act(self.gate(x)) * x)",
+        "self.down(self.act(self.gate(x)) * gelu(x))",
+        "self.down(self.act(self.gate(x)) * x[:, 0])",
+        "self.down(self.act(self.gate(x)) * 2)",
+        "self.down(self.act(self.gate(x)) + self.up(x))",
+    ):
+        assert chain(f"def f(self, x):\n  return {other}") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "step"),
+    [
+        ("a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * b)", "act(a)*b"),
+        ("x = self.Wi(x); b, a = x.chunk(2, -1); x = b * self.act(a); return self.Wo(x)", "a*act(b)"),
+        ("x = self.Wi(x); y = x.chunk(2, dim=-1); x = self.act(y[0]) * y[1]; return self.Wo(x)", "act(a)*b"),
+        ("x = self.Wi(x); x = x.chunk(2, dim=-1); x = self.act(x[1]) * x[0]; x = self.Wo(x); return x", "a*act(b)"),
+    ],
+)
+def test_a_gate_is_one_step_and_names_its_activated_half(body: str, step: str) -> None:
+    assert chain(f"def forward(self, x):\n  {body}") == ("Wi", step, "Wo")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a, b = self.Wi(x).chunk(3, dim=-1); return self.Wo(self.act(a) * b)",
+        "a, b, c = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * b)",
+        "a, b = self.Wi(x).chunk(2, dim=1); return self.Wo(self.act(a) * b)",
+        "a, b = self.Wi(x).chunk(2); return self.Wo(self.act(a) * b)",
+        "a, b = self.Wi(x).split(2, dim=-1); return self.Wo(self.act(a) * b)",
+        "a, a = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * a)",
+        "a, self.b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * self.b)",
+        "self, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(self) * b)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * a)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) + b)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * b * 2)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a) * self.act(b))",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(a, 2) * b)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(other.act(a) * b)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); a = self.act(a); return self.Wo(a * b)",
+        "a, b = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(x) * b)",
+        "y = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(y[0]) * y[0])",
+        "y = self.Wi(x).chunk(2, dim=-1); return self.Wo(self.act(y[0]) * y[-1])",
+        "y = self.Wi(x).chunk(2, dim=-1); return self.Wo(y)",
+        "a, b = self.Wi(x); return self.Wo(self.act(a) * b)",
+        "x = self.Wi(x); return self.Wo(self.act(x) * x)",
+    ],
+)
+def test_what_only_looks_like_a_gate_is_no_chain(body: str) -> None:
     assert chain(f"def forward(self, x):\n  {body}") is None
 
 

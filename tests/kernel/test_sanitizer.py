@@ -1,6 +1,7 @@
 """The sanitizer is loud about faults planted in the kernels, and silent without them."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from reference64 import (
     with_layout,
 )
 
-from bert_fused.kernels import elementwise, linear_act
+from bert_fused.kernels import elementwise, linear_act, tiles
 from bert_fused.kernels.configs import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -41,6 +42,17 @@ def tma(module: ModuleType, persistent: int = 0, subtiles: int = 1) -> None:
     module.linear_act_fwd(i.x, i.weight, i.bias, activation="gelu", save_preact=True, config=config)
 
 
+def gated(module: ModuleType) -> None:
+    i = make_inputs("unit", 19, 66, 45, torch.float16)
+    config = Config("pointer", "float16", 16, 16, 32, num_warps=1, num_stages=1)
+    module.linear_act_fwd(i.x, i.weight, i.bias, activation="gelu(a)*b", save_preact=True, config=config)
+
+
+def gated_grad(module: ModuleType) -> None:
+    d_out, saved = torch.randn(150, 70).half(), torch.randn(150, 140).half()
+    module.act_bwd(d_out, saved, activation="gelu(a)*b", bias_grad=True)
+
+
 def grad(module: ModuleType) -> None:
     d_out, saved = (torch.randn(150, 160, generator=generator(seed)).half() for seed in (0, 1))
     module.act_bwd(d_out, with_layout(saved, "column_slice"), activation="silu", bias_grad=True)
@@ -56,8 +68,11 @@ CALLS: dict[str, Callable[[ModuleType], None]] = {
     "subtiles": lambda module: tma(module, persistent=1, subtiles=2),
     "pass": lambda module: module.act_fwd(37 * 71, "gelu")(torch.randn(37, 71), torch.empty(37, 71)),
     "grad": grad,
+    "gated": gated,
+    "gated pass": lambda module: module.act_fwd(37 * 71, "gelu(a)*b", 71)(torch.randn(37, 142), torch.empty(37, 71)),
+    "gated grad": gated_grad,
 }
-MODULES = {"pass": elementwise, "grad": elementwise}
+MODULES = dict.fromkeys(("pass", "grad", "gated pass", "gated grad"), elementwise)
 
 ONCE = r"elements of \w+, \d+ were never written and \d+ more than once"
 # The report also names the nearest tensor, which depends on where the allocator put them.
@@ -116,8 +131,8 @@ FAULTS = {
     ),
     "grad: wrong step": (
         "grad",
-        "offs += tl.cast(N, tl.int64) * BLOCK_M",
-        "offs += N * (BLOCK_M + 1)",
+        "offs += tl.cast(width, tl.int64) * BLOCK_M",
+        "offs += width * (BLOCK_M + 1)",
         READS,
     ),
     "grad: sums without mask": (
@@ -128,8 +143,8 @@ FAULTS = {
     ),
     "grad: sums too few": (
         "grad",
-        "torch.empty(num_pid_m, N",
-        "torch.empty(num_pid_m - 1, N",
+        "torch.empty(num_pid_m, width",
+        "torch.empty(num_pid_m - 1, width",
         WRITES,
     ),
     "grad: grid one too many": (
@@ -138,20 +153,52 @@ FAULTS = {
         "num_pid_m * triton.cdiv(N, BLOCK_N) + 1, (M",
         WRITES,
     ),
+    "gated: rows of W one half too far": (
+        "gated",
+        "to_b = tl.cast(N, tl.int64) * stride_wn",
+        "to_b = tl.cast(N + 1, tl.int64) * stride_wn",
+        READS,
+    ),
+    "gated: bias of the second half without mask": (
+        "gated",
+        "tl.load(bias_ptr + N + offs_n, mask=offs_n < N,",
+        "tl.load(bias_ptr + N + offs_n, mask=offs_n >= 0,",
+        READS,
+    ),
+    "gated: second half stored over the first": ("gated", "tl.store(preact_ptrs + N,", "tl.store(preact_ptrs,", ONCE),
+    "gated: rows of preact as long as out's": ("gated", "width = 2 * N if GATED", "width = N if GATED", ONCE),
+    "gated pass: rows of preact as long as out's": ("gated pass", "cols // N * N", "cols // N * (N + 1)", READS),
+    "gated grad: second half over the first": (
+        "gated grad",
+        "tl.store(d_preact_ptr + offs + N,",
+        "tl.store(d_preact_ptr + offs,",
+        ONCE,
+    ),
+    "gated grad: sums of the second half over the first's": (
+        "gated grad",
+        "tl.store(partial_ptrs + N,",
+        "tl.store(partial_ptrs,",
+        ONCE,
+    ),
 }
 
 
 def rewritten(call: str, old: str, new: str, folder: Path) -> ModuleType:
-    """The module of the kernel that ``call`` launches, with ``old`` in its source replaced."""
+    """The module of the kernel that ``call`` launches, with ``old`` in its source or in that of its tiles replaced."""
     original = MODULES.get(call, linear_act)
-    source = Path(original.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {original.__file__}"
-    path = folder / "rewritten.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("bert_fused.kernels.rewritten", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sources = {module: Path(module.__file__).read_text() for module in (tiles, original)}
+    places = [module for module, source in sources.items() for _ in range(source.count(old))]
+    assert len(places) == 1, f"{old!r} is {len(places)} times in {original.__file__} and {tiles.__file__}"
+    sources[places[0]] = sources[places[0]].replace(old, new)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, source in sources.items():
+            path = folder / Path(module.__file__).name  # Triton reads a kernel's source when it first runs
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location("bert_fused.kernels.rewritten", path)
+            made = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(made)
+            patch.setitem(sys.modules, module.__name__, made)
+    return made
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,7 +2,8 @@
 
 A tile is compiled three times. Together these have both 16-bit dtypes, three activations, the pre-activation stored and
 not, a bias and none, K a multiple of the tile and not, and rows of each kind that Triton specialises for. Each is
-executed for a K of at most one step and for one of more than twice the pipeline's stages.
+executed for a K of at most one step and for one of more than twice the pipeline's stages. The tiles that serve gated
+activations are compiled once more, each for one of these.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks.static.sass import offered_configs
 from bert_fused.kernels.configs import TMA_ARCHS, Config
+from bert_fused.kernels.gated import gated, gated_configs
 from bert_fused.kernels.lookup import shipped_configs
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -76,6 +78,18 @@ def linear_cases(arch: int) -> Iterator[Linear]:
             yield _linear(arch, tile, index, variant)
 
 
+def gated_cases(arch: int) -> Iterator[Linear]:
+    """Yield a case for each tile, half of them with the second half activated. TMA's tiles divide a half."""
+    configs = dict.fromkeys(
+        c if c.dtype == "tf32" else dataclasses.replace(c, dtype="float16") for c in gated_configs(arch)
+    )
+    for index, tile in enumerate(configs):
+        case = _linear(arch, tile, index, index % VARIANTS)
+        if tile.kernel == "tma":
+            case = dataclasses.replace(case, shapes=tuple((M, 2 * tile.block_n, K) for M, _, K in case.shapes))
+        yield dataclasses.replace(case, activation=gated(case.activation, ("first", "second")[index // 2 % 2]))
+
+
 def _linear(arch: int, tile: Config, index: int, variant: int) -> Linear:
     # Divided by different numbers, so that each choice meets each other one over the tiles.
     dtype = tile.dtype if tile.dtype == "tf32" else ("float16", "bfloat16")[(index + variant) % 2]
@@ -103,6 +117,8 @@ def elementwise_cases(arch: int) -> Iterator[Elementwise]:
         for activation in ACTIVATIONS:
             yield Elementwise(arch, dtype, activation, False, (13, 272))
             yield Elementwise(arch, dtype, activation, True, (141, 272))
+        for backward in (False, True):
+            yield Elementwise(arch, dtype, gated("gelu", "first"), backward, (141, 272))
 
 
 def far_cases(arch: int) -> Iterator[Case]:
@@ -113,14 +129,18 @@ def far_cases(arch: int) -> Iterator[Case]:
         configs.append(Config("tma", "float16", 128, 128, 64, num_warps=4, num_stages=3))
     for config in configs:
         yield Linear(arch, config, "gelu", True, True, True, 16, ((first_row + 144, N, K),), first_row)
-    yield Elementwise(arch, "bfloat16", "gelu", True, (first_row + 141, N), first_row)
+    shape = (first_row + 144, N, K)
+    yield Linear(arch, configs[0], gated("gelu", "second"), True, True, True, 16, (shape,), first_row)
+    for activation in ("gelu", gated("gelu", "first")):
+        yield Elementwise(arch, "bfloat16", activation, True, (first_row + 141, N), first_row)
 
 
 def cases(arch: int) -> list[Case]:
-    return [*linear_cases(arch), *elementwise_cases(arch), *far_cases(arch)]
+    return [*linear_cases(arch), *gated_cases(arch), *elementwise_cases(arch), *far_cases(arch)]
 
 
 def choice(arch: int) -> list[Case]:
-    """Return the cases that ``make test`` runs: about six, evenly spread, and on some those of large tensors."""
+    """Return the cases that ``make test`` runs: some seven, evenly spread, and on some those of large tensors."""
     every = [*linear_cases(arch), *elementwise_cases(arch)]
-    return [*every[:: len(every) // 5], *(far_cases(arch) if arch in (80, 90, 100) else ())]
+    some = [*every[:: len(every) // 5], list(gated_cases(arch))[-1]]
+    return [*some, *(far_cases(arch) if arch in (80, 90, 100) else ())]

@@ -14,10 +14,12 @@ from emulator.memory import Memory, Tensor
 from emulator.numbers import Array
 from emulator.parse import PTXError
 from emulator.tensor_map import TensorMap
+from gated64 import gated64, gated_bound, gated_grad64, own_error
 from reference64 import GELU_GRAD_FLOOR, act64, forward_bound, grad_bound, linear64, rounding_bound, saved_grad64
 
 from benchmarks.static.compile import Compiled, compile_grad, compile_linear, compile_pass
 from bert_fused.kernels import elementwise
+from bert_fused.kernels.gated import parse
 
 # On a GPU of this size persistent blocks have several tiles each.
 SMS = 1
@@ -101,9 +103,10 @@ def tensor_of(memory: Memory, tensor: Tensor, dtype: torch.dtype) -> torch.Tenso
 
 def run_linear(case: Linear, shape: tuple[int, int, int], kernel: Kernel, metadata: Any, outcome: Outcome) -> None:
     (M, N, K), config, rows = shape, case.config, shape[0] - case.first_row
-    dtype = torch_dtype(config.dtype)
-    x, weight = drawn((rows, K), config.dtype), drawn((N, K), config.dtype, K**-0.5)
-    bias = drawn((N,), config.dtype) if case.bias else None
+    dtype, (name, half) = torch_dtype(config.dtype), parse(case.activation)
+    width = 2 * N if half else N
+    x, weight = drawn((rows, K), config.dtype), drawn((width, K), config.dtype, K**-0.5)
+    bias = drawn((width,), config.dtype) if case.bias else None
     memory, x_stride, w_stride = Memory(), K + 16, K + 32
     hopper = config.kernel == "hopper"
     given = Arguments(M, case.first_row, metadata, config.kernel in ("tma", "hopper"))
@@ -111,19 +114,22 @@ def run_linear(case: Linear, shape: tuple[int, int, int], kernel: Kernel, metada
     given.matrix(memory.add("weight", bits(weight), stride=w_stride), w_stride, from_first_row=False)
     if bias is not None:
         given.values.append(memory.add("bias", bits(bias)).address)
-    empty = bits(torch.zeros(rows, N, dtype=dtype))
-    out = memory.add("out", empty, output=True)
+    out = memory.add("out", bits(torch.zeros(rows, N, dtype=dtype)), output=True)
     given.matrix(out, N)
     if case.save_preact:
-        preact = memory.add("preact", empty, output=True)
-        given.matrix(preact, N)
+        preact = memory.add("preact", bits(torch.zeros(rows, width, dtype=dtype)), output=True)
+        given.matrix(preact, width)
     # A row count of 1 is a constant, and the last two are Triton's scratch memory.
     strides = [] if hopper else [x_stride, w_stride]
     given.values += [*([M] if case.rows != 1 else []), N, K, *strides, 0, 0]
     execute(kernel, metadata, memory, given.values, blocks_of(case, M, N), outcome, seed=M + N + K if hopper else None)
     z = linear64(x, weight, bias)
-    y = act64(z, case.activation)
-    outcome.check("out", tensor_of(memory, out, dtype), y, forward_bound(y, x, weight, bias, case.activation))
+    if half:
+        y, bound = gated_bound(x, weight, bias, name, half)
+    else:
+        y = act64(z, name)
+        bound = forward_bound(y, x, weight, bias, name)
+    outcome.check("out", tensor_of(memory, out, dtype), y, bound)
     outcome.check_written_once(memory, out)
     if case.save_preact:
         outcome.check("preact", tensor_of(memory, preact, dtype), z, forward_bound(z, x, weight, bias, "none"))
@@ -199,37 +205,47 @@ def run_elementwise(case: Elementwise, kernel: Kernel, metadata: Any, outcome: O
     if case.backward:
         run_backward(case, kernel, metadata, outcome)
         return
-    (M, N), dtype, memory = case.shape, torch_dtype(case.dtype), Memory()
-    z = drawn((M, N), case.dtype, 3)
+    (M, N), dtype, memory, (name, half) = case.shape, torch_dtype(case.dtype), Memory(), parse(case.activation)
+    z = drawn((M, 2 * N if half else N), case.dtype, 3)
     z_at = memory.add("preact", bits(z).reshape(-1))
     out = memory.add("out", bits(torch.zeros(M * N, dtype=dtype)), output=True)
     blocks = -(-M * N // elementwise.FWD_BLOCK)
     grid = blocks, list(range(blocks))
-    execute(kernel, metadata, memory, [z_at.address, out.address, M * N, 0, 0], grid, outcome)
-    want = act64(z, case.activation).reshape(1, -1)
-    outcome.check("out", tensor_of(memory, out, dtype), want, rounding_bound(want, dtype, case.activation) + ACT_FLOOR)
+    numbers = [M * N, N] if half else [M * N]
+    execute(kernel, metadata, memory, [z_at.address, out.address, *numbers, 0, 0], grid, outcome)
+    want = gated64(z, name, half) if half else act64(z, name)
+    bound = rounding_bound(want, dtype, name) + ACT_FLOOR
+    if half:
+        bound += own_error(name, dtype) * z.double().abs().max()
+    outcome.check("out", tensor_of(memory, out, dtype), want.reshape(1, -1), bound.reshape(1, -1))
     outcome.check_written_once(memory, out)
 
 
 def run_backward(case: Elementwise, kernel: Kernel, metadata: Any, outcome: Outcome) -> None:
     (M, N), dtype, memory = case.shape, torch_dtype(case.dtype), Memory()
-    rows = M - case.first_row
-    d_out, saved = drawn((rows, N), case.dtype), drawn((rows, N), case.dtype, 2)
+    rows, (name, half) = M - case.first_row, parse(case.activation)
+    width = 2 * N if half else N
+    d_out, saved = drawn((rows, N), case.dtype), drawn((rows, width), case.dtype, 2)
     saved = saved.tanh() if case.activation == "tanh" else saved
     given = Arguments(M, case.first_row, metadata, tma=False)
     given.matrix(memory.add("d_out", bits(d_out), stride=N + 16), N + 16)
-    given.matrix(memory.add("saved", bits(saved)), N)
+    given.matrix(memory.add("saved", bits(saved)), width)
     d_preact = memory.add("d_preact", bits(torch.zeros_like(saved)), output=True)
-    given.matrix(d_preact, N)
+    given.matrix(d_preact, width)
     programs, first = -(-M // ROWS), case.first_row // ROWS
-    partial = memory.add("partial", np.zeros((programs - first, N), np.float32), output=True)
-    given.values += [partial.address - first * N * 4, M, N, N + 16, 0, 0]
+    partial = memory.add("partial", np.zeros((programs - first, width), np.float32), output=True)
+    given.values += [partial.address - first * width * 4, M, N, N + 16, 0, 0]
     columns = -(-N // elementwise.BLOCK_N)
     grid = programs * columns, list(range(first * columns, programs * columns))
     execute(kernel, metadata, memory, given.values, grid, outcome)
-    want = d_out.double() * saved_grad64(saved, case.activation)
-    outcome.check("d_preact", tensor_of(memory, d_preact, dtype), want, grad_bound(want, d_out, case.activation))
+    if half:
+        want, bound = gated_grad64(d_out, saved, name, half)
+    else:
+        want = d_out.double() * saved_grad64(saved, name)
+        bound = grad_bound(want, d_out, name)
+    outcome.check("d_preact", tensor_of(memory, d_preact, dtype), want, bound)
     sums = tensor_of(memory, partial, torch.float32).double().sum(0)
-    outcome.check("d_bias", sums, want.sum(0), SUM_ERROR * want.abs().sum(0) + GELU_GRAD_FLOOR * rows)
+    errors = GELU_GRAD_FLOOR * rows * (saved.double().abs().max() if half else 1)
+    outcome.check("d_bias", sums, want.sum(0), SUM_ERROR * want.abs().sum(0) + errors)
     for tensor in (d_preact, partial):
         outcome.check_written_once(memory, tensor)

@@ -89,6 +89,15 @@ def test_a_warps_own_bytes_need_no_barrier() -> None:
     assert not ran.kinds
 
 
+def test_a_barrier_of_warps_orders_no_other_warp() -> None:
+    assert run(exchange("bar.sync 0; bar.warp.sync -1;"), threads=64).kinds == set()
+    assert run(exchange("bar.warp.sync -1;"), threads=64).kinds == {"race"}
+    with pytest.raises(PTXError, match="for a part of a warp"):
+        run("bar.warp.sync 1;")
+    apart = "setp.lt.u32 %p1, %r1, 16; @%p1 bra L;\nbar.warp.sync -1;\nL: mov.b32 %r9, 1;"
+    assert "divergence" in run(apart).kinds
+
+
 def test_threads_that_store_different_values_to_one_byte_are_reported() -> None:
     assert run("mov.b32 %r8, global_smem; st.shared.b32 [%r8], %r1;").kinds == {"race"}
     assert run("mov.b32 %r8, global_smem; mov.b32 %r9, 7; st.shared.b32 [%r8], %r9;").kinds == set()

@@ -253,7 +253,9 @@ def _commit(ins: Instruction, reader: "Reader") -> "Effect | None":
 
 def _meet(ins: Instruction, reader: "Reader") -> "Effect | None":
     # A warp's threads are one agent here, so there is nothing more to order.
-    return (lambda block, mask: None) if ins.op == "bar.warp.sync" else None
+    if ins.args not in (["-1"], ["0xffffffff"]):
+        raise ins.error(f"{ins.op} is not emulated for a part of a warp")
+    return lambda block, mask: None
 
 
 BUILDERS: dict[str, Builder] = {

@@ -1,0 +1,55 @@
+"""The benchmarks of gated MLPs: a wrong half or gradient gets no figure, and Liger's product is a rival."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import linear, measure
+from benchmarks.cases import Case
+from benchmarks.measure import Implementation, each
+
+CASE = Case("modules", "ModernBERT-base", "float32", "gelu(a)*b", 48, 96, 64)
+TRAINING = Case("training", "ModernBERT-base", "float32", "gelu(a)*b", 48, 96, 64)
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
+
+
+def other_half(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    a, b = F.linear(x, weight, bias).chunk(2, -1)
+    return a * F.gelu(b)
+
+
+@pytest.mark.parametrize("case", [CASE, TRAINING], ids=lambda case: case.suite)
+def test_a_gated_case_is_measured_and_the_wrong_half_is_not(case: Case) -> None:
+    problem = linear.problem(case, "cpu")
+    wrong = linear.with_backward(other_half) if case is TRAINING else other_half
+    problem.implementations.append(Implementation("wrong", each(wrong)))
+    rows = measure.measure(problem, device="cpu", rounds=2)
+    assert {row["implementation"]: row["error"] is None for row in rows[:-1]}.items() >= {
+        ("ours", True),
+        ("eager", True),
+    }
+    assert all(row["error"] is None for row in rows[:-1])
+    assert "wrong result" in rows[-1]["error"]
+    assert problem.bytes == (3 if case is TRAINING else 1) * 4 * (48 * 64 + 96 * 64 + 48 * 48)
+
+
+def test_ligers_product_is_a_rival_in_its_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Product:
+        apply = staticmethod(lambda a, b: F.gelu(a, approximate="tanh") * b)
+
+    home = ModuleType("liger_kernel.ops.geglu")
+    home.LigerGELUMulFunction = Product
+    assert linear._liger("gelu", lambda f: f) == linear._liger("a*gelu(b)", lambda f: f) == []
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name == "liger_kernel")
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+    (rival,) = linear._liger("gelu(a)*b", lambda f: f)
+    assert (rival.name, rival.computes) == ("Liger", "gelu_tanh(a)*b")
+    problem = linear.problem(CASE, "cpu")
+    assert measure.checked(problem, rival)["max_abs_error"] < 1e-5
