@@ -181,7 +181,8 @@ class TensorMemory:
 
         split: columns from the first half warp's part to the second's.
         """
-        if ((addresses >> 16) % 128 != 32 * (warps % 4)).any():
+        first_lane = (addresses >> 16) % 128 - 32 * (warps % 4)
+        if not np.isin(first_lane, (0,) if split is None else (0, 16)).all():
             raise ins.error("a warp may touch its own 32 lanes only")
         rows = (addresses >> 16) + (lanes if split is None else lanes % 16)
         first = (addresses & 0xFFFF) + (0 if split is None else np.where(lanes < 16, 0, split))
@@ -237,7 +238,8 @@ class TensorMemory:
         ]
         for addresses in places:
             self.operands.note(addresses, held, warp, self.clocks.tensor_core, self.commits + 1, ins)
-        if target >> 16:
+        first_lane = target >> 16  # two products of 64 rows share columns, in the halves of each warp's lanes
+        if first_lane not in ((0, 16) if rows == 64 else (0,)):
             raise ins.error("a lane other than 0")
         touched = (target & 0xFFFF) + np.arange(columns)
         self._check(touched, ins)
@@ -245,7 +247,7 @@ class TensorMemory:
         if self.unstored.any() or self.unloaded.any() or (self.used[:, touched] > seen).any():
             self.reports.add("tensor memory", ins, "product not ordered after another warp's tcgen05.ld or st")
         self.multiplied[touched] = self.commits + 1
-        lanes = np.arange(128) if rows == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16
+        lanes = np.arange(128) if rows == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16 + first_lane
 
         def work() -> None:
             left, right = (self.operands.read(addresses, held) for addresses in places)
