@@ -157,8 +157,9 @@ def linear_act_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
-    for group in gl.static_range(2):
-        mbarrier.init(turns.index(group), count=1)
+    if GROUPS > 1:
+        for group in gl.static_range(2):
+            mbarrier.init(turns.index(group), count=1)
     fence_async_shared()
     # Arguments are written out where they are used: a tuple with a constexpr cannot be a variable.
     if GROUPS == 1:

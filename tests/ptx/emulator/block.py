@@ -1,7 +1,7 @@
 """A block of threads that executes a kernel.
 
 As long as all threads are at one instruction, they go on together. After a branch that only some take, each thread has
-its own place, and the lowest goes on first, until all are together again; with a seed a random one of the warps'.
+its own place, and the lowest goes on first, until all are together again; with a seed that of a warp drawn at random.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from .arithmetic import keep
 from .clocks import Clocks
 from .copies import AsyncCopies, BulkCopies, Mbarriers
-from .gates import Barriers, RegisterPool, may_wait, table
+from .gates import Barriers, RegisterPool, Schedule, may_wait, table
 from .instructions import Reader
 from .kernel import Kernel, Run
 from .matrices import TensorMemory, Wgmma
@@ -59,7 +59,7 @@ class Block:
         self.gates = Barriers(self.threads, self.clocks)
         self.pool = RegisterPool(self.threads // 32, kernel.program.max_registers)
         self.patient = np.zeros(self.threads // 32, bool)  # warps whose next try_wait does not time out
-        self.random = None if seed is None else np.random.default_rng(seed)
+        self.schedule = Schedule(self.threads // 32, seed)
         self.branches = 0
 
     # ------------------------------------------------------------------------------------------- for the instructions
@@ -136,7 +136,7 @@ class Block:
                 return None
             ready = self.alive & (waiting < 0)
             # Where a group waits for an mbarrier or registers in vain, another goes on.
-            for at in self._next(places, ready):
+            for at in self.schedule.order(places, ready):
                 if self._step(int(at), ready & (places == at), places):
                     break
             else:
@@ -146,14 +146,6 @@ class Block:
                 places[released] += 1
             if self.alive.all() and waiting.max() < 0 and (places == places[0]).all():
                 return int(places[0])
-
-    def _next(self, places: Array, ready: Array) -> Array:
-        """Return the places to go on from, in the order to try them."""
-        if self.random is None:
-            return np.unique(places[ready])
-        far = len(self.code)
-        lowest = np.where(ready, places, far).reshape(-1, 32).min(1)  # of each warp, so that its threads meet again
-        return self.random.permutation(np.unique(lowest[lowest < far]))
 
     def _lines(self, places: Array) -> list[int]:
         return sorted({self.code[at].line for at in places})

@@ -1,4 +1,4 @@
-"""What makes threads of a block wait for each other: the sixteen barriers, and the pool of registers."""
+"""What threads of a block wait for, the sixteen barriers and the pool of registers; and which of them goes on first."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,10 @@ from .parse import Instruction
 
 if TYPE_CHECKING:
     from .block import Block
+
+
+# How likely a step is to draw priorities anew.
+NEW_PRIORITIES = 0.002
 
 
 class Barriers:
@@ -63,6 +67,29 @@ class RegisterPool:
             return False
         self.held[warps] = wanted
         return True
+
+
+class Schedule:
+    """Which of the warps that are apart goes on first: without a seed the one at the lowest place in the program.
+
+    With a seed it is the one of the highest priority. Priorities are drawn anew at random points, so that one warp may
+    run far ahead of another, as in probabilistic concurrency testing (Burckhardt et al., ASPLOS 2010).
+    """
+
+    def __init__(self, warps: int, seed: int | None) -> None:
+        self.random = None if seed is None else np.random.default_rng(seed)
+        self.priority = np.zeros(warps) if self.random is None else self.random.random(warps)
+
+    def order(self, places: Array, ready: Array) -> list[int]:
+        """Return the places of the threads that are ready, in the order to try them."""
+        if self.random is None:
+            return [int(place) for place in np.unique(places[ready])]
+        if self.random.random() < NEW_PRIORITIES:
+            self.random.shuffle(self.priority)
+        far = int(places.max()) + 1
+        lowest = np.where(ready, places, far).reshape(-1, 32).min(1)  # of each warp, so that its threads meet again
+        ordered = lowest[np.argsort(self.priority)]
+        return list(dict.fromkeys(int(place) for place in ordered if place < far))
 
 
 def may_wait(ins: Instruction) -> bool:
