@@ -97,4 +97,24 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "after the loop only copies past the end of K are left, and nothing uses the bytes of the last group again",
         {"sm_80 pointer": (1,), "sm_90 pointer": (3,), "sm_100 pointer": (2,), "sm_120 pointer": (1,)},
     ),
+    Equivalent(
+        "registers asked for",
+        "the pool has 8 registers for each thread of four warps left, which the groups that wait may have as well",
+        {"sm_90 Hopper, ping-pong": (1, 3, 4)},
+    ),
+    Equivalent(
+        "setmaxnreg.dec is left out",
+        "the warps have no more than 120 registers there, which they got before they took part in a partition",
+        {"sm_90 Hopper, ping-pong": (4,)},
+    ),
+    Equivalent(
+        "fence.proxy.async is left out",
+        "it stands between mbarrier.init and the first bulk load, where Triton has none in any other kernel with TMA",
+        {"sm_90 Hopper, cooperative": (0,), "sm_90 Hopper, ping-pong": (0,)},
+    ),
+    Equivalent(
+        "comparison",
+        "K is less than 1, or K + 63 than 64: it makes a difference for K = 1 alone, and K is a multiple of 8",
+        {"sm_90 Hopper, cooperative": (1, 3), "sm_90 Hopper, ping-pong": (0, 4)},
+    ),
 )

@@ -1,6 +1,7 @@
 """Compile a case, execute every block of its grid, and compare with fp64."""
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from bert_fused.kernels.gated import parse
 
 # On a GPU of this size persistent blocks have several tiles each.
 SMS = 1
+# Schedules of a kernel whose warps run apart.
+SEEDS = (0, 1)
 ROWS = elementwise.MAX_ROWS_PER_PROGRAM
 # Absolute error of an activation that is not hidden by rounding to fp32 or fp16 (``kernels/activations.py``).
 ACT_FLOOR = 1.3e-7
@@ -71,8 +74,9 @@ def run_case(case: Case, ptx: str, metadata: Any) -> Outcome:
     """Execute a compiled case for each of its shapes. Raises ``PTXError``."""
     kernel, outcome = Kernel.of(ptx), Outcome()
     if isinstance(case, Linear):
-        for shape in case.shapes:
-            run_linear(case, shape, kernel, metadata, outcome)
+        seeds = SEEDS if case.config.kernel == "hopper" else (None,)
+        for shape, seed in itertools.product(case.shapes, seeds):
+            run_linear(case, shape, kernel, metadata, outcome, seed)
     else:
         run_elementwise(case, kernel, metadata, outcome)
     return outcome
@@ -101,7 +105,9 @@ def tensor_of(memory: Memory, tensor: Tensor, dtype: torch.dtype) -> torch.Tenso
     return torch.from_numpy(memory.read(tensor).copy()).view(dtype)
 
 
-def run_linear(case: Linear, shape: tuple[int, int, int], kernel: Kernel, metadata: Any, outcome: Outcome) -> None:
+def run_linear(
+    case: Linear, shape: tuple[int, int, int], kernel: Kernel, metadata: Any, outcome: Outcome, seed: int | None
+) -> None:
     (M, N, K), config, rows = shape, case.config, shape[0] - case.first_row
     dtype, (name, half) = torch_dtype(config.dtype), parse(case.activation)
     width = 2 * N if half else N
@@ -122,7 +128,7 @@ def run_linear(case: Linear, shape: tuple[int, int, int], kernel: Kernel, metada
     # A row count of 1 is a constant, and the last two are Triton's scratch memory.
     strides = [] if hopper else [x_stride, w_stride]
     given.values += [*([M] if case.rows != 1 else []), N, K, *strides, 0, 0]
-    execute(kernel, metadata, memory, given.values, blocks_of(case, M, N), outcome, seed=M + N + K if hopper else None)
+    execute(kernel, metadata, memory, given.values, blocks_of(case, M, N), outcome, seed)
     z = linear64(x, weight, bias)
     if half:
         y, bound = gated_bound(x, weight, bias, name, half)

@@ -78,17 +78,22 @@ class Schedule:
 
     def __init__(self, warps: int, seed: int | None) -> None:
         self.random = None if seed is None else np.random.default_rng(seed)
-        self.priority = np.zeros(warps) if self.random is None else self.random.random(warps)
+        self.groups = np.arange(warps) // 4  # that take part in a product together
+        self.priority = np.zeros(warps) if self.random is None else self._drawn(self.random)
+
+    def _drawn(self, random: np.random.Generator) -> Array:
+        drawn: Array = random.random(self.groups[-1] + 1)[self.groups]
+        return drawn
 
     def order(self, places: Array, ready: Array) -> list[int]:
         """Return the places of the threads that are ready, in the order to try them."""
         if self.random is None:
             return [int(place) for place in np.unique(places[ready])]
         if self.random.random() < NEW_PRIORITIES:
-            self.random.shuffle(self.priority)
+            self.priority = self._drawn(self.random)
         far = int(places.max()) + 1
         lowest = np.where(ready, places, far).reshape(-1, 32).min(1)  # of each warp, so that its threads meet again
-        ordered = lowest[np.argsort(self.priority)]
+        ordered = lowest[np.argsort(self.priority, kind="stable")]
         return list(dict.fromkeys(int(place) for place in ordered if place < far))
 
 
