@@ -64,8 +64,9 @@ def store(
         offs = rows * N + cols
         mask = (start_m + rows < M) & (start_n + cols < N)
         if SAVE_PREACT:
-            width = 2 * N if GATED != "" else N
-            preact_ptrs = preact_ptr + (start_m.to(tl.int64) * width + start_n) + (rows * width + cols)
+            preact_ptrs = preact_ptr + base + offs
+            if GATED != "":  # its rows are twice as long
+                preact_ptrs = preact_ptr + (base + start_m.to(tl.int64) * N) + (offs + rows * N)
             tl.store(preact_ptrs, acc.to(preact_ptr.dtype.element_ty), mask=mask)
             if GATED != "":
                 tl.store(preact_ptrs + N, acc_b.to(preact_ptr.dtype.element_ty), mask=mask)

@@ -166,7 +166,7 @@ FAULTS = {
         READS,
     ),
     "gated: second half stored over the first": ("gated", "tl.store(preact_ptrs + N,", "tl.store(preact_ptrs,", ONCE),
-    "gated: rows of preact as long as out's": ("gated", "width = 2 * N if GATED", "width = N if GATED", ONCE),
+    "gated: rows of preact as long as out's": ("gated", "(offs + rows * N)", "offs", ONCE),
     "gated pass: rows of preact as long as out's": ("gated pass", "cols // N * N", "cols // N * (N + 1)", READS),
     "gated grad: second half over the first": (
         "gated grad",

@@ -188,7 +188,7 @@ def check_alone(module: nn.Module, block: Block) -> str:
     """Compare a module on random hidden states: "alone", or why it was not fused."""
     theirs = copy.deepcopy(module)
     for parameter in theirs.parameters():
-        nn.init.normal_(parameter.requires_grad_(), std=parameter.shape[-1] ** -0.5)  # some models freeze a part
+        nn.init.normal_(parameter.requires_grad_(), std=max(parameter.shape[-1], 1) ** -0.5)  # also what is frozen
     ours = copy.deepcopy(theirs)
     report = fuse(ours)
     if "" not in report.fused:
