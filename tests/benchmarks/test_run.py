@@ -203,8 +203,8 @@ def test_run_does_not_begin_a_case_that_would_not_fit(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(run, "_measure", slow)
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    arguments = ["--device", "cpu", "--suite", "modules", "--budget", "100", "--out", str(tmp_path / "r.jsonl")]
-    run.main(arguments)
+    arguments = ["--device", "cpu", "--suite", "modules", "--rivals", "compilers", "--budget", "100"]
+    run.main([*arguments, "--out", str(tmp_path / "r.jsonl")])
     assert now[0] == 80
 
 
