@@ -1,5 +1,7 @@
 """``linear_act``, ``linear_glu`` and ``cls_pool``: check the arguments, and choose the path."""
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from . import onednn, reference
 from .autograd import check, check_dtypes, launch, operator, record
-from .fallback import HAS_TRITON, device_reason, fallback_reason, interpreted, is_disabled, is_plain, log_once
+from .fallback import HAS_TRITON, device_reason, fallback_reason, is_disabled, is_plain, log_once
 from .kernels.gated import HALVES, gated
 from .reference import NEEDS_PREACT
 
@@ -15,9 +17,6 @@ if HAS_TRITON:
     from .kernels.plan import keep, key_of, plans
 
 ONEDNN = "oneDNN where no gradient is wanted"  # a path, as reports print it
-
-# Whether a CPU's plan launches a kernel, whose gradients are ours: in the interpreter.
-_CPU_HAS_KERNELS = interpreted()
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -58,7 +57,7 @@ def linear_act(
         plan = plans.get(key_of(x, weight, bias, activation, save_preact))
         if plan is not None and not needs_grad:  # an equal call has passed the checks below
             return plan(x, weight, bias)[0]
-        if plan is not None and (x.is_cuda or _CPU_HAS_KERNELS):
+        if plan is not None and type(plan) is not functools.partial:  # those of _on_cpu have no gradient
             return record(x, weight, bias, activation, plan(x, weight, bias))[0]
     return _new_call(x, weight, bias, activation, recompute_preact)
 
@@ -170,10 +169,16 @@ def _new_call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Serve a call that needs no gradient by oneDNN or PyTorch, and keep the choice for equal calls."""
-    product = onednn.linear_act if onednn.serves(x, weight, bias, activation) else reference.linear_act
+    function = onednn.linear_act if onednn.serves(x, weight, bias, activation) else reference.linear_act
     if HAS_TRITON and is_plain(x, weight, bias):
-        keep(key_of(x, weight, bias, activation, False), lambda x, w, b: (product(x, w, b, activation), None))
-    return product(x, weight, bias, activation)
+        keep(key_of(x, weight, bias, activation, False), functools.partial(_outputs, function, activation))
+    return function(x, weight, bias, activation)
+
+
+def _outputs(
+    function: Callable[..., Tensor], activation: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, None]:
+    return function(x, weight, bias, activation), None
 
 
 def _autocast(

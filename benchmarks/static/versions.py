@@ -37,7 +37,7 @@ TESTS = {
     "transformers": (
         "tests/hf/test_fuse.py",
         "tests/hf/test_fuse_options.py",
-        "tests/hf/test_gated.py",
+        "tests/hf/test_gated_models.py",
         "tests/hf/test_guards_calls.py",
         "tests/hf/test_guards_libraries.py",
         "tests/hf/test_guards_parts.py",

@@ -121,6 +121,23 @@ def test_transforms_and_compilers_see_torchs_operations(on_cpu) -> None:
     assert on_cpu == []
 
 
+def test_a_kept_call_asks_again_what_may_change(on_cpu, monkeypatch) -> None:
+    x, weight, bias = drawn(16, 24, 32, torch.float32)
+    expected = bert_fused.reference.linear_act(x, weight, bias, "gelu")
+    for _ in range(2):
+        linear_act(x, weight, bias)
+    assert on_cpu == ["gelu"] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(onednn, "_get_enabled", lambda: False)
+        assert torch.equal(linear_act(x, weight, bias), expected)
+    monkeypatch.setenv("BERT_FUSED_DISABLE", "1")
+    assert torch.equal(linear_act(x, weight, bias), expected)
+    monkeypatch.delenv("BERT_FUSED_DISABLE")
+    assert linear_act(x.requires_grad_(), weight, bias).grad_fn is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_act(x.detach(), weight, bias).dtype == torch.bfloat16
+
+
 def test_an_operator_that_differs_is_never_used(on_cpu, monkeypatch, caplog) -> None:
     x, weight, bias = drawn(16, 24, 32, torch.float32)
     onednn._agrees.cache_clear()

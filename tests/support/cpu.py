@@ -27,8 +27,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(onednn, "vendor", lambda: "AuthenticAMD")
     for name in ("fallback_reason", "device_reason"):
         monkeypatch.setattr(ops, name, lambda *_: "cpu is not an NVIDIA GPU")
-    for module in (checks, ops):
-        monkeypatch.setattr(module, "_CPU_HAS_KERNELS", False)
+    monkeypatch.setattr(checks, "_CPU_HAS_KERNELS", False)
     plans.clear()  # of the interpreter
     served: list[str] = []
     honest = onednn.linear_act

@@ -83,7 +83,7 @@ class Schedule:
 
     def _drawn(self, random: np.random.Generator) -> Array:
         drawn: Array = random.random(self.groups[-1] + 1)[self.groups]
-        return drawn
+        return drawn + 1e-3 * random.random(len(drawn))
 
     def order(self, places: Array, ready: Array) -> list[int]:
         """Return the places of the threads that are ready, in the order to try them."""
