@@ -43,6 +43,7 @@ TESTS = {
         "tests/hf/test_guards_parts.py",
         "tests/hf/test_guards_weights.py",
         "tests/hf/test_modules.py",
+        "tests/hf/test_projections.py",
         "tests/hf/test_verify.py",
         "tests/unpad/test_encoder.py",
         "tests/unpad/test_encoder_attention.py",
