@@ -78,6 +78,8 @@ def kernels() -> dict[str, cases.Case]:
     }
 
 
+# Only where warps run apart: elsewhere the emulator loads no later than a wait, which then never times out.
+ASKED_ONCE = "an mbarrier is asked once"
 # A pattern that a line matches, and what replaces it: the kinds of faults.
 _DROPPED = (
     "cp.async.wait_group", "cp.async.commit_group", "bar.sync", "wgmma.wait_group", "wgmma.fence", "wgmma.commit_group",
@@ -105,7 +107,7 @@ _REWRITTEN = (
     ("rows are not clamped", r"min\.s(32|64)(\s+%\w+, %\w+), %\w+;", r"mov.b\1\2;"),
     ("an mbarrier is not waited for", r"mbarrier\.try_wait\S* complete, .*;", "mov.pred complete, -1;"),
     ("the other phase of an mbarrier", r"(mbarrier\.try_wait\S* complete, .*, )(%r\d+);", r"xor.b32 \2, \2, 1; \1\2;"),
-    ("an mbarrier is asked once", r"@!complete bra\.uni waitLoop;", ""),
+    (ASKED_ONCE, r"@!complete bra\.uni waitLoop;", ""),
     ("ring of buffers never wraps", r"selp\.b32(\s+%r\d+), 0, (%r\d+), %p\d+;", r"mov.b32\1, \2;"),
     ("activation: sign", r"neg\.f32(\s+%r\d+), (%r\d+);", r"mov.b32\1, \2;"),
     ("activation: product without its sum", r"fma\.rn\.f32(\s+%r\d+, %r\d+, %r\d+), %r\d+;", r"mul.f32\1;"),
@@ -132,7 +134,7 @@ def planted(ptx: str) -> Iterator[tuple[str, int, str, str]]:
                 yield kind, number, text, f"{text[: match.start()]}{match[1]}{value}{text[match.end() :]}"
         for kind, pattern, new in _REWRITTEN:
             changed = re.sub(pattern, new, text)
-            if changed != text:
+            if changed != text and (kind != ASKED_ONCE or "setmaxnreg" in ptx):
                 yield kind, number, text, changed
 
 
