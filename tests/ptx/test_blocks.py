@@ -213,9 +213,10 @@ def test_an_mbarrier_hands_over_what_the_arriving_warps_stored() -> None:
         handing_over(second=LOOP + LOOP.replace("W", "V").replace("], 0;", "], 1;"))
 
 
-def test_a_table_sends_warps_apart() -> None:
-    body = "shr.u32 %r8, %r1, 5;\nT: .branchtargets A,\nB;\nbrx.idx %r8, T;\nA: mov.b32 %r9, 10; bra C;\n"
-    ran = run(body + f"B: mov.b32 %r9, 20;\nC: {STORE}", threads=64)
+@pytest.mark.parametrize("after_the_label", [" ", "\n"], ids=["3.7", "3.9"])
+def test_a_table_sends_warps_apart(after_the_label) -> None:
+    body = f"shr.u32 %r8, %r1, 5;\nT:{after_the_label}.branchtargets A,\nB;\nbrx.idx %r8, T;\n"
+    ran = run(body + f"A: mov.b32 %r9, 10; bra C;\nB: mov.b32 %r9, 20;\nC: {STORE}", threads=64)
     assert ran.result.tolist() == [10] * 32 + [20] * 32
 
 

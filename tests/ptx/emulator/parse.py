@@ -92,7 +92,7 @@ def parse(text: str) -> Program:
     ]
     limit = re.search(r"\.maxnreg\s+(\d+)", text)
     program = Program(parameters, int(threads[1]), int(limit[1]) if limit else 0)
-    _Body(program).read(re.sub(r"\.branchtargets[^;]*;", _on_one_line, text), head.end())
+    _Body(program).read(re.sub(r"[$\w]+:\s*\.branchtargets[^;]*;", _on_one_line, text), head.end())
     return program
 
 
