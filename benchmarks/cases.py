@@ -97,6 +97,10 @@ def _gated(model: str, M: int, dtype: str = "bfloat16", suite: str = "modules") 
     return Case(suite, model, dtype, "gelu(a)*b", M, N, K)
 
 
+def _gated_model(model: str, batch: int, sequence: int, dtype: str = "bfloat16") -> Case:
+    return dataclasses.replace(_gated(model, batch * sequence, dtype, "models"), batch=batch, sequence=sequence)
+
+
 def _pooler(model: str, batch: int, sequence: int = 128, dtype: str = "bfloat16") -> Case:
     K, _ = MODELS[model]
     return Case("pooler", model, dtype, "tanh", batch, K, K, batch, sequence)
@@ -127,6 +131,8 @@ def _on_gpu() -> Iterator[Case]:
         yield _gated(model, M, suite=suite)
     for shape, model in product(MODEL_SHAPES, NAMES):
         yield _model(model, *shape)
+    for shape, model in product(((32, 128), (1, 128), (32, 512), (8, 128)), GATED):
+        yield _gated_model(model, *shape)
     for median, model in product(OTHER_MEDIANS, NAMES):
         yield dataclasses.replace(_model(model, 32, 128, True), median=median)
     for median, model in product((RAGGED_MEDIAN, CUT_OFF), NAMES):
@@ -198,5 +204,9 @@ def _on_idle_cpu() -> Iterator[Case]:
     for dtype, median in product(CPU_DTYPES[::-1], (RAGGED_MEDIAN, *OTHER_MEDIANS)):
         yield dataclasses.replace(_model("BERT-base", 32, 128, True, dtype), median=median)
     yield from (_model("BERT-base", 32, 128, dtype=dtype) for dtype in CPU_DTYPES[::-1])
-    for suite in ("modules", "training"):
-        yield _gated("ModernBERT-base", 512, "float32", suite)
+    for dtype, (model, M) in product(CPU_DTYPES[::-1], product(GATED, (512, 32, 2048, 1))):
+        yield compiled(_gated(model, M, dtype))
+    for dtype, shape in product(CPU_DTYPES[::-1], ((16, 128), (1, 128), (1, 16))):
+        yield compiled(_gated_model("ModernBERT-base", *shape, dtype))
+    yield from (_gated_model("ModernBERT-base", 8, 128, dtype) for dtype in CPU_DTYPES[::-1])
+    yield _gated("ModernBERT-base", 512, "float32", "training")

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import bert_fused
-from benchmarks.cases import Case
+from benchmarks.cases import GATED, Case
 from benchmarks.compilers import COMPILERS
-from benchmarks.linear import torch_dtype
+from benchmarks.linear import columns, torch_dtype
 from benchmarks.measure import Implementation, Inputs, Problem, each, graphed
 from bert_fused.reference import rms_error
 from bert_fused.unpad.encoder import REQUEST, Request
 
 LAYERS_AND_HEADS = {"BERT-base": (12, 12), "BERT-large": (24, 16), "MiniLM": (6, 12)}
+LAYERS_AND_HEADS |= {"reveal": (1, 4), "ModernBERT-base": (22, 12), "ModernBERT-large": (28, 16)}
 SETS = 4
 # The standard deviation of the logarithm of a ragged batch's lengths.
 RAGGED_SIGMA = 0.7
@@ -29,7 +30,7 @@ Runner = Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
 
 
 class Outputs(nn.Module):
-    """Return a model's hidden states and pooled output.
+    """Return a model's hidden states and, where it has a pooler, the pooled output.
 
     Without a mask it calls the model's parts one by one: while a CUDA graph is captured, transformers 5.17 makes a mask
     of ones if there is none, and attention with a mask has slower kernels. request: passed to a fused encoder, since
@@ -41,8 +42,10 @@ class Outputs(nn.Module):
         self.model = model
         self.request = {REQUEST: request} if request is not None else {}
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         model: Any = self.model
+        if not hasattr(model, "pooler"):
+            return (model(ids, attention_mask=mask).last_hidden_state,)
         if mask is not None:
             outputs = model(ids, attention_mask=mask)
             return outputs.last_hidden_state, outputs.pooler_output
@@ -116,17 +119,19 @@ def problem(case: Case, device: str) -> Problem:
     model = make_model(case, device)
     sets = make_inputs(case, device)
     run = Logits if case.head else eager
+    gated = case.model in GATED
     reference = functools.cache(lambda: _reference(run, model, sets[0]))
 
     def check(rival: Implementation, function: Runner, inputs: Inputs) -> dict[str, float]:
         errors = _compare(function(*inputs), inputs[1], *reference())
-        if not case.head:
+        if not case.head and not gated:
             errors["activation_rms_ratio"] = check_function(rival.name, case.dtype, device)
         return errors
 
     found = [
         Implementation(name, each(build(model)), packs=case.ragged and name in PACKED)
         for name, build in (CLASSIFIERS if case.head else BUILDERS).items()
+        if not (gated and name in PACKED)  # ModernBERT's encoder cannot run on packed rows
     ]
     if case.rivals == "compilers":
         wrap = Logits if case.head else Outputs
@@ -141,7 +146,8 @@ def problem(case: Case, device: str) -> Problem:
             found += [Implementation(name, each(build(model))) for name, build in COMPILED.items()]
     lengths = [float(mask.sum()) if mask is not None else float(ids.numel()) for ids, mask in sets]
     tokens = sum(lengths) / len(lengths)
-    weights = sum(parameter.numel() for parameter in model.base_model.encoder.parameters())
+    layers = model.layers if gated else model.base_model.encoder
+    weights = sum(parameter.numel() for parameter in layers.parameters())
     return Problem(
         found,
         sets,
@@ -155,22 +161,21 @@ def problem(case: Case, device: str) -> Problem:
 
 
 def make_model(case: Case, device: str) -> Any:
+    import transformers
+
     layers, heads = LAYERS_AND_HEADS[case.model]
-    return _bert(case.K, case.N, layers, heads, torch_dtype(case), device, case.head)
-
-
-def _bert(
-    hidden: int, intermediate: int, layers: int, heads: int, dtype: torch.dtype, device: str, head: bool = False
-) -> Any:
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
-
-    config = BertConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads
-    )
+    sizes = {"hidden_size": case.K, "num_hidden_layers": layers, "num_attention_heads": heads}
+    if case.model in GATED:
+        kind, config = (
+            transformers.ModernBertModel,
+            transformers.ModernBertConfig(**sizes, intermediate_size=columns(case)),
+        )
+    else:
+        kind = transformers.BertForSequenceClassification if case.head else transformers.BertModel
+        config = transformers.BertConfig(**sizes, intermediate_size=case.N)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        kind = BertForSequenceClassification if head else BertModel
-        return kind(config).eval().requires_grad_(False).to(dtype)
+        return kind(config).eval().requires_grad_(False).to(torch_dtype(case))
 
 
 def make_inputs(case: Case, device: str) -> list[Inputs]:
@@ -207,7 +212,7 @@ def _compare(
 ) -> dict[str, float]:
     """Return RMS errors at real tokens; raises ValueError if one exceeds eager's."""
     errors = {}
-    names = ("hidden", "pooled") if len(results) == 2 else ("logits",)
+    names = ("hidden", "pooled")[: len(results)] if results[0].dim() == 3 else ("logits",)
     for name, result, truth, bar in zip(names, results, exact, of_eager, strict=True):
         real = mask.bool() if mask is not None and name == "hidden" else ...
         if name == "hidden" and result.shape != truth.shape:  # position 0 only
@@ -229,7 +234,7 @@ def check_function(name: str, dtype: str, device: str) -> float:
     """
     hidden = 64
     case = Case("models", "reveal", dtype, "gelu", 64, 4 * hidden, hidden, 4, 16)
-    model = _bert(hidden, 4 * hidden, 1, 4, torch_dtype(case), device)
+    model = make_model(case, device)
     layer = model.encoder.layer[0]
     layer.intermediate.dense.weight.zero_()
     layer.intermediate.dense.bias.copy_(torch.linspace(-4, -2, 4 * hidden))

@@ -1,20 +1,23 @@
 """On a CPU: oneDNN's linear layer with the activation behind its product, in one call, where that was measured faster.
 
 The operator is ``mkldnn::_linear_pointwise``, which Inductor emits for the same pair. It applies the activation to the
-sum before that is rounded to 16 bits. It has no derivative, so calls that need one take PyTorch.
+sum before that is rounded to 16 bits. Two calls serve a gated activation: one for the half that is activated, one for
+the other half, which multiplies by the first's result. The operator has no derivative, so calls that need one take
+PyTorch.
 """
 
 import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .fallback import interpreted, is_disabled, mode_reason, tensor_reason
+from .kernels.gated import parse
 
 # Activation -> the operator's name and algorithm for it; quick_gelu is not among them.
 _NAMES = {
@@ -25,6 +28,8 @@ _NAMES = {
     "tanh": ("tanh", ""),
     "none": ("none", ""),
 }
+# Whether an activation follows the linear layer, or none does, or it is a gated one.
+Kind = Literal["activation", "alone", "gated"]
 # CPU vendor and dtype -> the fewest rows from which on oneDNN's call was faster than PyTorch's two, by whole models,
 # where every layer's weight comes from memory: a layer alone, called again and again, gains where a model loses. What
 # is not here was not faster, or not measured. Eager's time over oneDNN's, MiniLM on one thread, torch 2.13, Nov. 2026.
@@ -36,6 +41,8 @@ _FROM_ROWS = {
     ("AuthenticAMD", torch.bfloat16): 4096,
     ("GenuineIntel", torch.bfloat16): 512,
 }
+# The same for a gated activation, by ModernBERT-base. Intel Xeon: bf16 GATED_COMMENT
+_FROM_ROWS_GATED = {("GenuineIntel", torch.bfloat16): 2048}
 # The same for a linear layer without an activation, on top of those with one. AMD EPYC: fp32 1.38 to 2.08 for every
 # layer of MiniLM. Intel Xeon: bf16 0.97 at 256 rows, 0.99 at 512 and 1024, 1.07 at 2048.
 _FROM_ROWS_ALONE = {("AuthenticAMD", torch.float32): 8, ("GenuineIntel", torch.bfloat16): 2048}
@@ -61,17 +68,18 @@ def vendor() -> str:
 
 
 @functools.cache
-def from_rows(*, alone: bool = False) -> dict[torch.dtype, int]:
-    """Return the dtypes that oneDNN serves on this CPU, and the fewest rows of each. alone: without an activation."""
+def from_rows(kind: Kind = "activation") -> dict[torch.dtype, int]:
+    """Return the dtypes that oneDNN serves on this CPU, and the fewest rows of each."""
     if _operator is None or not torch.backends.mkldnn.is_available() or interpreted():
         return {}
-    table = _FROM_ROWS_ALONE if alone else _FROM_ROWS
+    table = {"activation": _FROM_ROWS, "alone": _FROM_ROWS_ALONE, "gated": _FROM_ROWS_GATED}[kind]
     return {dtype: rows for (name, dtype), rows in table.items() if name == vendor()}
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> bool:
     """Return whether oneDNN serves a call of ``linear_act`` that needs no gradient and has passed its checks."""
-    fewest = from_rows(alone=activation == "none").get(x.dtype)
+    kind: Kind = "gated" if parse(activation)[1] else "alone" if activation == "none" else "activation"
+    fewest = from_rows(kind).get(x.dtype)
     return (
         x.device.type == "cpu"
         and fewest is not None
@@ -87,26 +95,33 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> b
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Return ``act(x @ weight.T + bias)``, ``[..., N]``, for a call that ``serves`` accepts."""
+    """Return what ``reference.linear_act`` does, for a call that ``serves`` accepts."""
     if not _get_enabled():  # by torch.backends.mkldnn, since an equal call was served
         return reference.linear_act(x, weight, bias, activation)
-    name, algorithm = _NAMES[activation]
-    out: Tensor = _operator(x, weight, bias, name, [], algorithm)
+    name, half = parse(activation)
+    pointwise, algorithm = _NAMES[name]
+    if not half:
+        out: Tensor = _operator(x, weight, bias, pointwise, [], algorithm)
+        return out
+    act, other = (0, 1) if half == "first" else (1, 0)
+    weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+    activated = _operator(x, weights[act], biases[act], pointwise, [], algorithm)
+    out = _operator.binary(x, activated, weights[other], biases[other], "mul")
     return out
 
 
-def may_serve(dtype: torch.dtype, rows: int, *, alone: bool = False) -> bool:
-    """Tell whether oneDNN may serve a call now, before its tensors are looked at. alone: without an activation."""
+def may_serve(dtype: torch.dtype, rows: int, kind: Kind = "activation") -> bool:
+    """Tell whether oneDNN may serve a call now, before its tensors are looked at."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    fewest = from_rows(alone=alone).get(dtype)
+    fewest = from_rows(kind).get(dtype)
     return fewest is not None and rows >= fewest
 
 
 @functools.cache
 def _agrees(dtype: torch.dtype, activation: str) -> bool:
     """Compare the operator with PyTorch, once in a process; warn if they differ, and then never use it again."""
-    if activation not in _NAMES:
+    if parse(activation)[0] not in _NAMES:
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((33, 48), (40, 48), (40,)))

@@ -123,15 +123,12 @@ def cls_pool(
     return linear_act(hidden_states.select(1, 0), weight, bias, activation, recompute_preact=recompute_preact)
 
 
-def path_name(device: torch.device, dtype: torch.dtype, *, alone: bool = False, gated: bool = False) -> str:
-    """Return what serves most calls on tensors of this device and dtype: "Triton", ``ONEDNN``, or PyTorch and why.
-
-    alone: of linear layers without an activation. gated: calls of ``linear_glu``.
-    """
+def path_name(device: torch.device, dtype: torch.dtype, kind: onednn.Kind = "activation") -> str:
+    """Return what serves most calls on tensors of this device and dtype: "Triton", ``ONEDNN``, or PyTorch and why."""
     reason = device_reason(device, dtype)
     if reason is None:
         return "Triton"
-    if device.type == "cpu" and not gated and dtype in onednn.from_rows(alone=alone) and not is_disabled():
+    if device.type == "cpu" and dtype in onednn.from_rows(kind) and not is_disabled():
         return ONEDNN
     return f"PyTorch ({reason})"
 

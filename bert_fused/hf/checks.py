@@ -89,19 +89,19 @@ def _is_gathered(linear: nn.Module, parameter: Tensor) -> bool:
 def path_of(module: nn.Module, block: Block) -> str:
     """Return which path a fused module takes on its weight's device, as the report prints it."""
     weight: Tensor = getattr(module, block.linear).weight
-    path = path_name(weight.device, weight.dtype, gated=bool(block.half))
+    path = path_name(weight.device, weight.dtype, "gated" if block.half else "activation")
     return f"{path} in eval mode, since dropout comes first" if block.dropout else path
 
 
-def activation_now(function: Any, linear: Any, hidden: Tensor, first: bool) -> str | None:
+def activation_now(function: Any, linear: Any, hidden: Tensor, first: bool, half: str) -> str | None:
     """Return the kernels' name for a module's activation, or None if the module must step aside in this call.
 
-    first: the module reads position 0 only.
+    first: the module reads position 0 only. half: the half that a gated module activates, or "".
 
     Checks everything that can change between calls, but not the tensors, which ``linear_act`` checks. The usual case
     comes first, since every call pays for it.
     """
-    if type(hidden) is not Tensor or not (hidden.is_cuda or _CPU_HAS_KERNELS or _onednn_may_serve(hidden, first)):
+    if type(hidden) is not Tensor or not (hidden.is_cuda or _CPU_HAS_KERNELS or _onednn_may_serve(hidden, first, half)):
         return None
     kind = type(function)
     name = _ACTIVATION_OF_TYPE.get(kind)
@@ -118,11 +118,12 @@ def activation_now(function: Any, linear: Any, hidden: Tensor, first: bool) -> s
     return activation_name(function) if linear_reason(linear) is None else None
 
 
-def _onednn_may_serve(hidden: Tensor, first: bool) -> bool:
+def _onednn_may_serve(hidden: Tensor, first: bool, half: str) -> bool:
     """Tell whether oneDNN may serve a call on a CPU. Others go to Hugging Face's code, which costs nothing more."""
     if not hidden.dim():
         return False
-    return onednn.may_serve(hidden.dtype, hidden.shape[0] if first else hidden.shape[:-1].numel())
+    rows = hidden.shape[0] if first else hidden.shape[:-1].numel()
+    return onednn.may_serve(hidden.dtype, rows, "gated" if half else "activation")
 
 
 def dropout_is_active(module: nn.Module) -> bool:

@@ -62,7 +62,7 @@ def _fused_method(original: type[nn.Module], block: Block) -> Callable[..., obje
         linear, function = children.get(linear_name), children.get(function_name)
         if function is None:
             function = activation_of(self, original, block)
-        activation = activation_now(function, linear, hidden, first)
+        activation = activation_now(function, linear, hidden, first, half)
         if activation is None or (first and hidden.dim() != 3):
             return now(self, hidden)
         parameters = linear._parameters

@@ -141,7 +141,7 @@ def _plan_projections(plan: Plan, site: EncoderSite, matched_by_name: set[str]) 
         if target is None or not issubclass(target, (FusedSelfAttention, FusedOutput)):
             continue
         parameter = next(module.parameters(), None)
-        if parameter is None or path_name(parameter.device, parameter.dtype, alone=True) != ONEDNN:
+        if parameter is None or path_name(parameter.device, parameter.dtype, "alone") != ONEDNN:
             continue
         reasons = [linear_reason(getattr(module, linear, None), linear) for linear in target.linears]
         if is_overridden(module) or class_is_patched(original):

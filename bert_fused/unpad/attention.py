@@ -118,7 +118,7 @@ def _encoder_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> Encode
 
 
 def _may_project(x: Tensor) -> bool:
-    return may_serve(x.dtype, x.shape[:-1].numel(), alone=True)
+    return may_serve(x.dtype, x.shape[:-1].numel(), "alone")
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import linear, measure
+from benchmarks import linear, measure, models
 from benchmarks.cases import Case
 from benchmarks.measure import Implementation, each
 
@@ -38,6 +38,19 @@ def test_a_gated_case_is_measured_and_the_wrong_half_is_not(case: Case) -> None:
     assert all(row["error"] is None for row in rows[:-1])
     assert "wrong result" in rows[-1]["error"]
     assert problem.bytes == (3 if case is TRAINING else 1) * 4 * (48 * 64 + 96 * 64 + 48 * 48)
+
+
+def test_a_gated_model_is_measured_and_a_wrong_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.LAYERS_AND_HEADS, "ModernBERT-base", (2, 2))
+    wrong = lambda model: lambda *inputs: (1.01 * models.eager(model)(*inputs)[0],)  # noqa: E731
+    monkeypatch.setitem(models.BUILDERS, "wrong", wrong)
+    case = Case("models", "ModernBERT-base", "float32", "gelu(a)*b", 32, 96, 64, 2, 16)
+    errors = {
+        row["implementation"]: row["error"]
+        for row in measure.measure(models.problem(case, "cpu"), device="cpu", rounds=1)
+    }
+    assert "wrong result: RMS error of the hidden output" in errors["wrong"]
+    assert {name for name, error in errors.items() if error is None} == {"ours", "eager", "eager again"}
 
 
 def test_ligers_product_is_a_rival_in_its_own_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import linear, records, report, run
-from benchmarks.cases import SUITES, Case, cases
+from benchmarks.cases import GATED, SUITES, Case, cases
 from benchmarks.records import default_path, environment, parse
 from bert_fused.tune.shapes import MODELS
 
@@ -274,9 +274,11 @@ def test_cases_cover_every_shape_dtype_and_activation() -> None:
         assert gated == {(*shape, M) for shape in ((768, 2 * 1152), (1024, 2 * 2624)) for M in (32, 512, 2048, 8192)}
     poolers = {(c.batch, c.sequence) for c in ranked if c.suite == "pooler" and c.dtype == "bfloat16"}
     assert poolers == {(2**i, sequence) for i in range(11) for sequence in (128, 512)}
-    encoders = {(c.model, c.batch, c.sequence, c.ragged) for c in ranked if c.suite == "models"}
+    encoders = {(c.model, c.batch, c.sequence, c.ragged) for c in ranked if c.suite == "models" and c.model in MODELS}
     assert {(128 * 32, 32, 128, True)} <= {(c.M, c.batch, c.sequence, c.ragged) for c in ranked if c.suite == "models"}
     shapes = {(1, 128, False), (8, 128, False), (32, 128, False), (32, 512, False), (256, 128, False)}
+    gated = {(c.model, c.batch, c.sequence) for c in ranked if c.suite == "models" and c.model not in MODELS}
+    assert gated == {(model, *shape[:2]) for model in GATED for shape in shapes if shape[0] < 256}
     shapes |= {(32, 128, True), (256, 128, True), (32, 512, True)}
     assert encoders == {(model, *shape) for model in ("MiniLM", "BERT-base", "BERT-large") for shape in shapes}
     for head in (False, True):

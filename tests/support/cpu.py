@@ -12,6 +12,7 @@ from torch import Tensor
 from bert_fused import onednn, ops
 
 NAMES = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "none")
+GATED = ("gelu(a)*b", "a*gelu(b)", "silu(a)*b", "none(a)*b")
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from bert_fused.kernels.plan import plans
 
     table = {("AuthenticAMD", dtype): 8 for dtype in (torch.float32, torch.bfloat16)}
-    monkeypatch.setattr(onednn, "_FROM_ROWS", table)
-    monkeypatch.setattr(onednn, "_FROM_ROWS_ALONE", table)
+    for name in ("_FROM_ROWS", "_FROM_ROWS_ALONE", "_FROM_ROWS_GATED"):
+        monkeypatch.setattr(onednn, name, table)
     monkeypatch.setattr(onednn, "interpreted", lambda: False)
     monkeypatch.setattr(onednn, "vendor", lambda: "AuthenticAMD")
     for name in ("fallback_reason", "device_reason"):
@@ -38,7 +39,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for cached in (onednn.from_rows, onednn._agrees):
         cached.cache_clear()
-    for activation in NAMES:
+    for activation in (*NAMES, *GATED):
         for dtype in (torch.float32, torch.bfloat16):
             assert onednn._agrees(dtype, activation)
     monkeypatch.setattr(onednn, "linear_act", watch)

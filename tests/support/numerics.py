@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import interpreter
 import numpy
 import triton
+from gated64 import gated64, gated_bound, gated_grad64
 from reference64 import (
     ACTIVATIONS,
     DTYPES,
@@ -45,10 +46,12 @@ from bert_fused import fallback, ops, reference
 from bert_fused.kernels import lookup
 from bert_fused.kernels.configs import Config
 from bert_fused.kernels.elementwise import act_bwd
+from bert_fused.kernels.gated import parse
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "numerics.md"
 M, N = 67, 136  # no multiples of a tile
-CASES = tuple(itertools.product(DTYPES, ACTIVATIONS, (384, 768, 1024, 3072, 4096)))
+GATED = ("gelu(a)*b", "silu(a)*b")  # ModernBERT's and SwiGLU: the other half and other activations differ by no step
+CASES = tuple(itertools.product(DTYPES, (*ACTIVATIONS, *GATED), (384, 768, 1024, 3072, 4096)))
 NORMS = ("max", "RMS", "bound")
 GRADIENTS = ("d_preact", "d_x", "d_weight", "d_bias")
 # Half the relative distance of neighbouring numbers, the unit of errors.
@@ -95,14 +98,21 @@ def broken(row: Row) -> list[str]:
 
 def measure(dtype: torch.dtype, activation: str, K: int, function: Function = ops.linear_act) -> list[Row]:
     """Compare the result and the gradients of ``function(x, weight, bias, activation)`` with fp64."""
-    inputs = make_inputs("unit", M, N, K, dtype, seed=K)
+    name, half = parse(activation)
+    inputs = make_inputs("unit", M, 2 * N if half else N, K, dtype, seed=K)
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     assert bias is not None
     d_out = torch.randn((M, N), generator=generator(K + 1)).to(dtype)
 
     preact = linear64(x, weight, bias)
-    exact = {"out": act64(preact, activation)}
-    d_preact = d_out.double() * act_grad64(preact, activation)
+    if half:
+        exact = {"out": gated64(preact, name, half)}
+        d_preact = gated_grad64(d_out, preact, name, half)[0]
+        bounds = {"out": gated_bound(x, weight, bias, name, half)[1]}
+    else:
+        exact = {"out": act64(preact, activation)}
+        d_preact = d_out.double() * act_grad64(preact, activation)
+        bounds = {"out": forward_bound(exact["out"], x, weight, bias, activation)}
     exact |= {"d_x": d_preact @ weight.double(), "d_weight": d_preact.t() @ x.double(), "d_bias": d_preact.sum(0)}
     ours, theirs = (_run(f, (x, weight, bias), activation, d_out) for f in (function, reference.linear_act))
     tanh = _run(function, (x, weight, bias), "gelu_tanh", d_out) if activation == "gelu" else {}
@@ -110,15 +120,15 @@ def measure(dtype: torch.dtype, activation: str, K: int, function: Function = op
     if activation != "none":
         kept = activation if activation in reference.GRAD_FROM_OUTPUT else "none"
         saved = reference.linear_act(x, weight, bias, kept)
-        exact["d_preact"] = d_out.double() * saved_grad64(saved, activation)
+        if half:
+            exact["d_preact"], bounds["d_preact"] = gated_grad64(d_out, saved, name, half)
+        else:
+            exact["d_preact"] = d_out.double() * saved_grad64(saved, activation)
+            bounds["d_preact"] = grad_bound(exact["d_preact"], d_out, activation)
         ours["d_preact"] = act_bwd(d_out, saved, activation=activation, bias_grad=False)[0]
         theirs["d_preact"] = reference.act_grad(d_out, saved, activation)
         if tanh:
             tanh["d_preact"] = act_bwd(d_out, saved, activation="gelu_tanh", bias_grad=False)[0]
-
-    bounds = {"out": forward_bound(exact["out"], x, weight, bias, activation)}
-    if "d_preact" in exact:
-        bounds["d_preact"] = grad_bound(exact["d_preact"], d_out, activation)
 
     def errors(actual: dict[str, Tensor], tensor: str) -> Errors:
         ref = exact[tensor]
@@ -154,7 +164,8 @@ there: the order in which a tile's products are added, exponentials (approximate
 which here is PyTorch's CPU code. No number below was measured on a GPU.
 
 On a CPU that oneDNN serves, its operator applies the activation to the fp32 sum as well, before the one rounding, so
-results in bf16 have smaller errors than eager's; in fp32 they are eager's. `tests/ops/test_onednn.py` holds this.
+results in bf16 have smaller errors than eager's; in fp32 they are eager's. Of a gated activation it also rounds the
+activated half before the product: twice, where eager rounds four times. `tests/ops/test_onednn.py` holds this.
 
 {_summary(rows)}
 
@@ -171,6 +182,8 @@ results in bf16 have smaller errors than eager's; in fp32 they are eager's. `tes
 - **d_x, d_weight, d_bias** are compared with gradients in fp64 throughout, so that the rounding of the pre-activation,
   ours and eager's, is part of their error. Their matrix products are PyTorch's own on both sides. **d_preact** is the
   backward kernel alone, at the rounded pre-activation (ReLU and tanh: output) that both are given.
+- **Gated** activations, as `gelu(a)*b`, have a bound of their own, and twice the columns: 2 N pre-activations. Of the
+  two halves that may be activated, and of the activations, the page has those that models have.
 - The **tanh form** is our own kernel with `gelu_tanh` where `gelu` is asked for: rounded as rarely as ours, so that
   what remains is the difference of the two functions.
 
