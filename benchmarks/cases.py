@@ -199,14 +199,15 @@ def _on_idle_cpu() -> Iterator[Case]:
         yield compiled(_module("BERT-base", M, dtype))
     for M in (32, 512):
         yield _module("MiniLM", M, "float32", suite="training")
+    for dtype, M in product(CPU_DTYPES[::-1], (512, 32, 2048)):
+        yield compiled(_gated("ModernBERT-base", M, dtype))
+    yield compiled(_gated("ModernBERT-large", 512))
+    yield _gated("ModernBERT-base", 512, "float32", "training")
+    for shape in ((1, 128), (8, 128), (16, 128)):
+        yield _gated_model("ModernBERT-base", *shape)
+    yield from (_gated_model("ModernBERT-base", batch, 128, "float32") for batch in (1, 8))
     for dtype, shape in product(CPU_DTYPES[::-1], ((1, 16), (1, 128), (8, 128))):
         yield compiled(_model("BERT-base", *shape, dtype=dtype))
     for dtype, median in product(CPU_DTYPES[::-1], (RAGGED_MEDIAN, *OTHER_MEDIANS)):
         yield dataclasses.replace(_model("BERT-base", 32, 128, True, dtype), median=median)
     yield from (_model("BERT-base", 32, 128, dtype=dtype) for dtype in CPU_DTYPES[::-1])
-    for dtype, (model, M) in product(CPU_DTYPES[::-1], product(GATED, (512, 32, 2048, 1))):
-        yield compiled(_gated(model, M, dtype))
-    for dtype, shape in product(CPU_DTYPES[::-1], ((16, 128), (1, 128), (1, 16))):
-        yield compiled(_gated_model("ModernBERT-base", *shape, dtype))
-    yield from (_gated_model("ModernBERT-base", 8, 128, dtype) for dtype in CPU_DTYPES[::-1])
-    yield _gated("ModernBERT-base", 512, "float32", "training")
