@@ -10,6 +10,7 @@ groups of 4 warps each take every other tile (ping-pong): one multiplies while t
 
 from typing import Any
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import apply_activation
 from .configs import Config
@@ -197,6 +199,11 @@ def constants_of(config: Config, activation: str, has_bias: bool, save_preact: b
         "num_warps": config.num_warps // config.consumers,
         "enable_fp_fusion": True,
     }
+
+
+def describe(tensor: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> Any:
+    layout = layout_of(str(tensor.dtype).removeprefix("torch."), block_shape)
+    return TensorDescriptor(tensor, shape, strides, block_shape, layout)
 
 
 def layout_of(dtype: str, block_shape: list[int]) -> Any:

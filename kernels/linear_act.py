@@ -13,14 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper
 from .configs import Config
 from .elementwise import library_plan
 from .gated import gated_config, parse
 from .lookup import get_config
-from .plan import Launch, Matrix, Outputs, Plan, keep, key_of, plans
+from .plan import LAUNCHER_IS_KNOWN, Launch, Matrix, Outputs, Plan, keep, key_of, plans
 from .runtime import arch_of, name_of, num_sms
 from .tiles import store, tile_start
+
+if LAUNCHER_IS_KNOWN:  # Gluon is experimental: another Triton's may lack what this needs, or mean something else by it
+    from . import hopper
 
 
 @triton.jit
@@ -172,6 +174,8 @@ def _make_plan(
         aligned = _is_aligned(rows, N) and _is_aligned(weight, N)
         precision, arch, device = _precision(x.dtype), arch_of(x.device), name_of(x.device)
         config = get_config(M, width, K, precision, arch, aligned=aligned, device=device)
+        if config.kernel == "hopper" and not LAUNCHER_IS_KNOWN:  # measured on this machine with another Triton
+            config = get_config(M, width, K, precision, arch, aligned=aligned)
         config = gated_config(config, M, N, arch) if half else config
     if config.kernel == "library" or K == 0:  # a product of nothing is the bias, and the kernel assumes K > 0
         return library_plan(shape, activation, save_preact)
@@ -207,8 +211,8 @@ def _launch_of(
     if config.kernel in ("tma", "hopper"):
 
         def matrix(shape: list[int], strides: tuple[int, ...], *block_shape: int) -> Matrix:
-            layout = hopper.layout_of(config.dtype, [*block_shape]) if config.kernel == "hopper" else None
-            return Matrix(shape, [*strides], [*block_shape], layout)
+            described = Matrix(shape, [*strides], [*block_shape])
+            return described._replace(descriptor=hopper.describe) if config.kernel == "hopper" else described
 
         stored = config.block_m, config.block_n // config.subtiles
         matrices = (

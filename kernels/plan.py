@@ -18,7 +18,6 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .runtime import INTERPRETED, on_device
@@ -29,7 +28,7 @@ KNOWN_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 LAUNCHER_IS_KNOWN = triton.__version__.startswith(KNOWN_TRITONS)
 SLOW_LAUNCHES = (
     f"the launcher of Triton {triton.__version__} is not known here: kernels are launched by kernel[grid], which "
-    "costs the host 10 to 30 us more for each call"
+    "costs the host 10 to 30 us more for each call, and sm_90's kernel in Gluon is not used"
 )
 
 # A torch without CUDA has neither function.
@@ -39,7 +38,6 @@ current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStr
 Outputs = tuple[Tensor, Tensor | None]
 Plan = Callable[..., Outputs]
 Encoder = Callable[[int], tuple[Any, ...]]
-DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 _fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 
@@ -99,19 +97,16 @@ def keep(key: tuple[Any, ...] | None, plan: Plan) -> None:
 class Matrix(NamedTuple):
     """How a kernel's tensor descriptor reads a tensor: as ``shape`` with ``strides``, in tiles of ``block_shape``.
 
-    layout: of a tile in shared memory, for a kernel in Gluon.
+    descriptor: makes it from a tensor and the other three; a kernel in Gluon has its own.
     """
 
     shape: list[int]
     strides: list[int]
     block_shape: list[int]
-    layout: Any = None
+    descriptor: Callable[..., Any] = TensorDescriptor
 
     def describe(self, tensor: Any) -> Any:
-        parts = self.shape, self.strides, self.block_shape
-        if self.layout is None:
-            return TensorDescriptor(tensor, *parts)
-        return GluonDescriptor(tensor, *parts, self.layout)
+        return self.descriptor(tensor, self.shape, self.strides, self.block_shape)
 
 
 class Compiled(NamedTuple):
@@ -207,7 +202,10 @@ class Launch:
         encoders: list[Encoder | None] = []
         if self.matrices is not None:
             metadata = iter(handle.metadata.tensordesc_meta or ())
-            encoders = [_encoder_of(arg, next(metadata)) if isinstance(arg, DESCRIPTORS) else None for arg in args]
+            encoders = [
+                None if arg is None or matrix is None else _encoder_of(arg, next(metadata))
+                for arg, matrix in zip(args, self.matrices, strict=True)
+            ]
         # The launcher reads no constexpr, but counts them.
         rest = (*self.numbers, *self.constants.values())[: len(self.kernel.arg_names) - len(tensors)]
         device = tensors[0].get_device()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from benchmarks.static import stub_driver
 from bert_fused import linear_act, ops, reference
+from bert_fused.kernels import linear_act as launcher
+from bert_fused.kernels.configs import Config
 from bert_fused.kernels.plan import key_of, plans
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,3 +243,35 @@ def test_the_switch_turns_kept_calls_off(monkeypatch: pytest.MonkeyPatch, served
         monkeypatch.setenv("BERT_FUSED_DISABLE", off)
         linear_act(*tensors)
     assert served == ["gelu", "gelu"]
+
+
+# --------------------------------------------------------------------------------------------- a Triton of another time
+
+WITHOUT_GLUON = """
+import triton
+from triton.experimental.gluon.language.nvidia import hopper
+del hopper.warpgroup_mma
+triton.__version__ = "99.0.0"
+import torch, bert_fused
+x, weight = torch.randn(5, 16), torch.randn(8, 16)
+assert bert_fused.ops.path_name(x.device, x.dtype) == "Triton"
+error = (bert_fused.linear_act(x, weight) - bert_fused.reference.linear_act(x, weight, None, "gelu")).abs().max()
+assert error < 1e-5, error
+"""
+
+
+def test_a_triton_without_gluon_has_all_other_kernels() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_GLUON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_hopper_entry_measured_with_another_triton_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Config("pointer", "float32", 16, 16, 16, 4, 1)
+
+    def choice(*_: object, device: str | None = None, **__: object) -> Config:
+        return shipped if device is None else Config("hopper", "float16", 128, 128, 64, 8, 5, persistent=1, subtiles=2)
+
+    monkeypatch.setattr(launcher, "LAUNCHER_IS_KNOWN", False)
+    monkeypatch.setattr(launcher, "get_config", choice)
+    x, weight = torch.randn(5, 16), torch.randn(8, 16)
+    torch.testing.assert_close(linear_act(x, weight), reference.linear_act(x, weight, None, "gelu"))
