@@ -51,6 +51,9 @@ _FROM_ROWS_ALONE = {("AuthenticAMD", torch.float32): 8, ("GenuineIntel", torch.b
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _get_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
+# Looked up here once: a module asks in each call, and torch's namespace is seldom in a CPU's cache.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _operator: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -113,7 +116,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
 
 def may_serve(dtype: torch.dtype, rows: int, kind: Kind = "activation") -> bool:
     """Tell whether oneDNN may serve a call now, before its tensors are looked at."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if _is_compiling() or _is_grad_enabled():
         return False
     fewest = from_rows(kind).get(dtype)
     return fewest is not None and rows >= fewest
