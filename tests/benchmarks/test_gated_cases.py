@@ -1,5 +1,6 @@
 """The benchmarks of gated MLPs: a wrong half or gradient gets no figure, and Liger's product is a rival."""
 
+import dataclasses
 import sys
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from benchmarks import linear, measure, models
 from benchmarks.cases import Case
 from benchmarks.measure import Implementation, each
+from bert_fused import reference
 
 CASE = Case("modules", "ModernBERT-base", "float32", "gelu(a)*b", 48, 96, 64)
 TRAINING = Case("training", "ModernBERT-base", "float32", "gelu(a)*b", 48, 96, 64)
@@ -38,6 +40,20 @@ def test_a_gated_case_is_measured_and_the_wrong_half_is_not(case: Case) -> None:
     assert all(row["error"] is None for row in rows[:-1])
     assert "wrong result" in rows[-1]["error"]
     assert problem.bytes == (3 if case is TRAINING else 1) * 4 * (48 * 64 + 96 * 64 + 48 * 48)
+
+
+@pytest.mark.parametrize("activation", ["gelu(a)*b", "a*gelu(b)"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_16_bits_eager_passes_and_the_tanh_form_does_not(dtype: str, activation: str) -> None:
+    case = dataclasses.replace(CASE, dtype=dtype, activation=activation, M=256, N=384)
+    tanh = activation.replace("gelu", "gelu_tanh")
+    problem = linear.problem(case, "cpu")
+    assert measure.checked(problem, problem.implementations[1])["rms_error"] > 0
+    wrong = Implementation(
+        "wrong", each(lambda x, w, b: reference.linear_act(x.float(), w.float(), b.float(), tanh).to(x))
+    )
+    with pytest.raises(ValueError, match="elements of a sweep are outside the bound"):
+        measure.checked(problem, wrong)
 
 
 def test_a_gated_model_is_measured_and_a_wrong_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
