@@ -166,10 +166,8 @@ def make_model(case: Case, device: str) -> Any:
     layers, heads = LAYERS_AND_HEADS[case.model]
     sizes = {"hidden_size": case.K, "num_hidden_layers": layers, "num_attention_heads": heads}
     if case.model in GATED:
-        kind, config = (
-            transformers.ModernBertModel,
-            transformers.ModernBertConfig(**sizes, intermediate_size=columns(case)),
-        )
+        kind = transformers.ModernBertModel
+        config = transformers.ModernBertConfig(**sizes, intermediate_size=columns(case))
     else:
         kind = transformers.BertForSequenceClassification if case.head else transformers.BertModel
         config = transformers.BertConfig(**sizes, intermediate_size=case.N)

@@ -202,6 +202,7 @@ def constants_of(config: Config, activation: str, has_bias: bool, save_preact: b
 
 
 def describe(tensor: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> Any:
+    """Return a descriptor of a tensor, as ``plan.Matrix`` asks for it."""
     layout = layout_of(str(tensor.dtype).removeprefix("torch."), block_shape)
     return TensorDescriptor(tensor, shape, strides, block_shape, layout)
 

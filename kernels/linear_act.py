@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
 from .elementwise import library_plan
@@ -211,8 +212,8 @@ def _launch_of(
     if config.kernel in ("tma", "hopper"):
 
         def matrix(shape: list[int], strides: tuple[int, ...], *block_shape: int) -> Matrix:
-            described = Matrix(shape, [*strides], [*block_shape])
-            return described._replace(descriptor=hopper.describe) if config.kernel == "hopper" else described
+            descriptor = hopper.describe if config.kernel == "hopper" else TensorDescriptor
+            return Matrix(shape, [*strides], [*block_shape], descriptor)
 
         stored = config.block_m, config.block_n // config.subtiles
         matrices = (

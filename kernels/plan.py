@@ -18,7 +18,6 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .runtime import INTERPRETED, on_device
 
@@ -97,13 +96,13 @@ def keep(key: tuple[Any, ...] | None, plan: Plan) -> None:
 class Matrix(NamedTuple):
     """How a kernel's tensor descriptor reads a tensor: as ``shape`` with ``strides``, in tiles of ``block_shape``.
 
-    descriptor: makes it from a tensor and the other three; a kernel in Gluon has its own.
+    descriptor: the class of descriptor, or a function that makes one, from a tensor and the other three.
     """
 
     shape: list[int]
     strides: list[int]
     block_shape: list[int]
-    descriptor: Callable[..., Any] = TensorDescriptor
+    descriptor: Callable[..., Any]
 
     def describe(self, tensor: Any) -> Any:
         return self.descriptor(tensor, self.shape, self.strides, self.block_shape)

@@ -33,7 +33,7 @@ from ..tune.trials import Trials
 from .common import CommandError, version, with_bar
 
 if HAS_TRITON:
-    from ..kernels.plan import plans
+    from ..kernels.plan import LAUNCHER_IS_KNOWN, plans
     from ..kernels.runtime import arch_of, name_of
 
 HELP = "measure this GPU once, and prefer what is fastest from then on"
@@ -169,7 +169,8 @@ def measure(
     for shape in shapes:
         if not budget.suffices():
             return
-        proposed = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
+        every = candidates(shape.M, shape.N, shape.K, shape.dtype, gpu.arch)
+        proposed = [config for config in every if config.kernel != "hopper" or LAUNCHER_IS_KNOWN]
         try:
             outcome = tune_shape(shape, proposed, gpu.device, budget=budget, sampler_of=sampler_of, trial=trial)
         except NotMeasured as reason:

@@ -98,7 +98,7 @@ def check_every_kind_of_descriptor() -> None:
     for dtype, block in itertools.product((torch.float16, torch.float32), ([16, 32], [32, 32], [16, 64])):
         tensor = torch.empty(64, 64, dtype=dtype)
         compiled = descriptor_kernel[(1,)](TensorDescriptor.from_tensor(tensor, block), 32)
-        launch = Launch(descriptor_kernel, 1, (32,), {}, (Matrix([64, 64], [64, 1], block),))
+        launch = Launch(descriptor_kernel, 1, (32,), {}, (Matrix([64, 64], [64, 1], block, TensorDescriptor),))
         for other in (tensor, tensor, tensor.clone().view(-1)):
             _, seen = launched(lambda launch=launch, other=other: launch(other))
             assert seen["function"] == compiled.function
