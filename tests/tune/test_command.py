@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,23 @@ def test_tune_writes_the_winners_into_the_users_table(
     (entry, _) = sorted(load_user_table(0, NAME), key=lambda entry: -entry.m)
     assert entry.measured is not None
     assert (entry.measured.us, entry.measured.library_us, entry.measured.eager_us) == (8.0, 12.0, 14.0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_hopper_kernel_is_tried_with_a_known_triton_only(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = Config("hopper", "float16", 128, 128, 64, 8, 5, persistent=1, subtiles=2)
+    tried: list[Config] = []
+
+    def tune_shape(shape: Shape, proposed: Sequence[Config], *_: Any, **__: Any) -> None:
+        tried.extend(proposed)
+        raise search.NotMeasured("enough")
+
+    monkeypatch.setattr(tune, "candidates", lambda *_: [hopper, WINNER])
+    monkeypatch.setattr(tune, "tune_shape", tune_shape)
+    monkeypatch.setattr(tune, "LAUNCHER_IS_KNOWN", known)
+    shape = Shape(2048, 64, 64, "float16")
+    assert len(list(tune.measure([shape], tune.Gpu(CPU, NAME, 90), search.Budget(math.inf), lambda *_: None))) == 1
+    assert tried == ([hopper, WINNER] if known else [WINNER])
 
 
 def test_tune_measures_shapes_without_an_entry_first(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
